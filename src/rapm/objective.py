@@ -1,0 +1,188 @@
+"""The RAPM objective (arXiv 2503.20744): positions, distances, hinge losses. Tensors and callables only.
+
+docs/method.md writes the equations out; the names here are the names there. Everything of one slot is independent of the other
+slots but for where the student stands, so slots are handled in groups of any size ("slot batch"): the starts of a group are
+found without gradients, then one graph serves the group. With a group of one, no pass is spent on starts at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rapm.schedule import Grid, Schedule
+
+Conditioning = Mapping[str, Tensor]  # network inputs that describe the prompt, each [B, ...]
+Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (z [B, C, H, W], t [B], conditioning) -> prediction [B, C, H, W]
+
+
+# ------------------------------------------------------------------------------------------------------------------ positions
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of a batch of B trajectories in a group of k slots, all [k B, C, H, W], slot by slot from high to low noise.
+
+    Attributes:
+        slots: the k slot numbers n.
+        start: z_{n+1}, the student's own position, detached.
+        relative: z^_n, the frozen student's step from the teacher's nudged position.
+        absolute: z~_n, the teacher's own position.
+        conditioning: the prompts, repeated for each slot.
+    """
+
+    slots: Sequence[int]
+    start: Tensor
+    relative: Tensor
+    absolute: Tensor
+    conditioning: Conditioning
+
+
+def repeat(conditioning: Conditioning, times: int) -> Conditioning:
+    """Repeats a batch of prompts ``times`` over, batch after batch."""
+    return {name: value.repeat(times, *([1] * (value.ndim - 1))) for name, value in conditioning.items()}
+
+
+def _per_row(values: Sequence[int], batch: int) -> Tensor:
+    return torch.tensor(values).repeat_interleave(batch)
+
+
+def student_step(
+    denoiser: Denoiser, schedule: Schedule, grid: Grid, slots: Sequence[int], z: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """z_n^phi = DDIM(student, z_{n+1}, t_{n+1} -> t_n) for the k slots of a group; z is [k B, C, H, W]."""
+    batch = len(z) // len(slots)
+    t = _per_row([grid.coarse(n + 1) for n in slots], batch)
+    s = _per_row([grid.coarse(n) for n in slots], batch)
+    return schedule.step(z, denoiser(z, t, conditioning), t, s)
+
+
+def slot_groups(num_slots: int, slot_batch: int) -> Iterator[list[int]]:
+    """Slots N - 1 ... 0 in groups of at most ``slot_batch``."""
+    order = list(range(num_slots - 1, -1, -1))
+    for first in range(0, num_slots, slot_batch):
+        yield order[first : first + slot_batch]
+
+
+@torch.no_grad()
+def positions(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    grid: Grid,
+    slots: Sequence[int],
+    z: Tensor,
+    coarse: Tensor,
+    nudged: Tensor,
+    conditioning: Conditioning,
+    *,
+    relative: bool = True,
+) -> Positions:
+    """Finds where the student starts in each slot of a group, and what it is to be compared with there.
+
+    Args:
+        denoiser: the student.
+        slots: k neighbouring slots, from high to low.
+        z: the student's own position at the head of the group, [B, C, H, W].
+        coarse: the teacher's positions z~_n, [B, N + 1, C, H, W], indexed by n.
+        nudged: the teacher's nudged positions, [B, N, C, H, W], indexed by the slot they start.
+        conditioning: of the B prompts.
+        relative: without it the frozen student's pass is saved and ``Positions.relative`` holds the nudged positions.
+    """
+    batch = len(z)
+    starts = [z]
+    for n in slots[:-1]:
+        starts.append(student_step(denoiser, schedule, grid, [n], starts[-1], conditioning))
+    repeated = repeat(conditioning, len(slots))
+    target = torch.cat([nudged[:, n] for n in slots])
+    if relative:
+        t = _per_row([grid.nudged(n) for n in slots], batch)
+        s = _per_row([grid.coarse(n) for n in slots], batch)
+        # With delta = M in slot 0 the nudged position is the end itself: no timestep is left to ask the network for, and none
+        # is needed, since a step of no length leads nowhere.
+        ask = t.clamp(min=0)
+        stepped = schedule.step(target, denoiser(target, ask, repeated), ask, s)
+        target = torch.where((t == s)[:, None, None, None].to(z.device), target, stepped)
+    return Positions(slots, torch.cat(starts), target, torch.cat([coarse[:, n] for n in slots]), repeated)
+
+
+# ------------------------------------------------------------------------------------------------------------------ distances
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+    """d(a, b) = mean of sqrt((a - b)^2 + c^2) - c over everything but the batch. Returns [B]."""
+    return (((a - b).square() + c * c).sqrt() - c).flatten(1).mean(1)
+
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of (a - b)^2 over everything but the batch. Returns [B]."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- adversarial losses
+
+
+def hinge_critic(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """Mean of relu(1 - real) + relu(1 + fake) over a map, mean over heads; 2 is chance.
+
+    Each head's logits are [B, 1, h, w]. Returns [B].
+    """
+    return torch.stack([(F.relu(1 - r) + F.relu(1 + f)).flatten(1).mean(1) for r, f in zip(real, fake, strict=True)]).mean(0)
+
+
+def hinge_student(fake: Sequence[Tensor]) -> Tensor:
+    """Mean of relu(1 - fake) over a map, mean over heads: PCM's form, which stops pushing where the critic is fooled.
+
+    Each head's logits are [B, 1, h, w]. Returns [B].
+    """
+    return torch.stack([F.relu(1 - f).flatten(1).mean(1) for f in fake]).mean(0)
+
+
+def margin(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """Mean of real - fake logits over a map, mean over heads: 0 when a critic stands at chance. Returns [B]."""
+    return torch.stack([(r - f).flatten(1).mean(1) for r, f in zip(real, fake, strict=True)]).mean(0)
+
+
+@dataclass(frozen=True)
+class Renoising:
+    """What a critic is shown: at which timestep, and under which noise, for each slot (first axis n = 0 ... N - 1).
+
+    Attributes:
+        timesteps: int [N, B], uniform in [t_n, t_{n+1}) (the end counts as timestep 0).
+        real, fake: noise, [N, B, C, H, W].
+    """
+
+    timesteps: Tensor
+    real: Tensor
+    fake: Tensor
+
+    @classmethod
+    def draw(cls, grid: Grid, shape: Sequence[int], generator: torch.Generator) -> Renoising:
+        """Draws for all N slots at once, row by row, so that neither slot groups nor the batch change what is drawn.
+
+        Args:
+            shape: (B, C, H, W).
+            generator: on the CPU.
+        """
+        timesteps, noise = [], []
+        for _ in range(shape[0]):
+            ranges = [(max(grid.coarse(n), 0), grid.coarse(n + 1)) for n in range(grid.slots)]
+            timesteps.append(torch.cat([torch.randint(low, high, (1,), generator=generator) for low, high in ranges]))
+            noise.append(torch.randn(2, grid.slots, *shape[1:], generator=generator))
+        real, fake = torch.stack(noise, 2)
+        return cls(torch.stack(timesteps, 1), real, fake)
+
+    def of(self, slots: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps [k B] (on the CPU, where tables are), real and fake noise [k B, C, H, W] of a group of slots."""
+        index = list(slots)
+        real, fake = (x[index].flatten(0, 1).to(device) for x in (self.real, self.fake))
+        return self.timesteps[index].flatten(), real, fake
+
+
+def shown_to_critic(schedule: Schedule, grid: Grid, slots: Sequence[int], z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Takes positions at t_n [k B, C, H, W] up to the noise level of t [k B]."""
+    start = _per_row([grid.coarse(n) for n in slots], len(z) // len(slots))
+    return schedule.renoise(z, start, t, noise)
