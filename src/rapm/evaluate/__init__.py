@@ -1,0 +1,1 @@
+"""Scores of pictures against the teacher's own."""

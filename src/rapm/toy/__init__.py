@@ -1,0 +1,10 @@
+"""The embedded world: scenes rendered by code, a teacher trained on them, an oracle that reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+TEACHER = ASSETS / "teacher"
+ORACLE = ASSETS / "oracle.safetensors"
+GUIDANCE_SCALE = 3.0  # the teacher's, chosen once; what it is scored with

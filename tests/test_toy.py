@@ -1,0 +1,174 @@
+"""The embedded world: scenes, oracle, teacher, protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from rapm.evaluate import toy_protocol as protocol
+from rapm.evaluate.metrics import frechet_distance
+from rapm.files import load_tensors
+from rapm.toy import ASSETS, ORACLE, TEACHER
+from rapm.toy.build import blur, to_tensor
+from rapm.toy.oracle import FEATURES, Oracle
+from rapm.toy.scenes import COLOURS, GROUNDS, KINDS, SHAPES, captions, draw_scene, parse_caption, render_many, scene, split_of
+
+# ------------------------------------------------------------------------------------------------------------------- scenes
+
+
+def test_scene_k_of_a_seed_is_always_the_same() -> None:
+    assert scene(3, 17, "train") == scene(3, 17, "train")
+    assert scene(3, 17, "train") != scene(3, 18, "train") != scene(4, 18, "train")
+    assert scene(3, 17, "train").caption == "on grass, one yellow triangle and a cross in green"
+    # Shapes are drawn in float32, whose last digit may differ between machines: compare what survives rounding.
+    coarse = render_many([scene(3, 17, "train")])[0].reshape(8, 8, 8, 8, 3).mean((1, 3)).round(-1).astype(int)
+    assert hashlib.sha256(str(coarse.tolist()).encode()).hexdigest()[:16] == "213ac8cc615699b3"
+
+
+def test_captions_say_what_is_there_and_leave_the_rest_open() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        drawn = draw_scene(rng)
+        assert parse_caption(drawn.caption) == (drawn.ground, sorted(thing.kind for thing in drawn.things))
+        assert len({thing.kind for thing in drawn.things}) == len(drawn.things)
+    assert (len(SHAPES), len(COLOURS), len(GROUNDS), len(KINDS)) == (6, 8, 4, 48)
+
+
+def test_counts_are_weighted_towards_one_and_two() -> None:
+    rng = np.random.default_rng(1)
+    counts = np.bincount([len(draw_scene(rng).things) for _ in range(2_000)], minlength=4) / 2_000
+    np.testing.assert_allclose(counts, [0, 0.5, 0.35, 0.15], atol=0.04)
+
+
+def test_splits_share_no_caption() -> None:
+    sets = [set(captions(800, 5, split)) for split in ("train", "validation", "test")]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert all(split_of(text) == "test" for text in sets[2])
+
+
+def test_objects_lie_inside_and_apart() -> None:
+    for index in range(300):
+        things = scene(0, index).things
+        for k, a in enumerate(things):
+            assert a.radius < a.x < 64 - a.radius
+            for b in things[k + 1 :]:
+                assert np.hypot(a.x - b.x, a.y - b.y) > 0.9 * (a.radius + b.radius)
+
+
+@pytest.mark.parametrize("text", ["", "a dog on grass", "a red star", "a big star on grass"])
+def test_other_texts_are_no_captions(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not a caption|no colour"):
+        parse_caption(text)
+
+
+# ------------------------------------------------------------------------------------------------------------------- oracle
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Oracle:
+    return Oracle.load(ORACLE)
+
+
+@pytest.fixture(scope="module")
+def renders() -> tuple[torch.Tensor, list[str]]:
+    """600 fresh scenes of captions no network was trained on, through the teacher's VAE as its pictures are."""
+    drawn = [scene(99, index, "test") for index in range(600)]
+    return to_tensor(render_many(drawn)), [d.caption for d in drawn]
+
+
+def test_oracle_reads_fresh_renders(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
+    assert oracle.is_right(*renders).float().mean() >= 0.97
+
+
+def test_oracle_refuses_what_the_caption_does_not_say(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
+    images, texts = renders
+    assert oracle.is_right(images, [*texts[1:], texts[0]]).float().mean() <= 0.03
+
+
+def test_fid_rises_with_what_few_step_sampling_does_wrong(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
+    """Damage to one half of the teacher's kind of pictures, against the other half; in units of the distance undamaged."""
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae", dtype=torch.float32)
+    with torch.no_grad():
+        parts = [vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in renders[0].split(50)]
+    half, other = torch.cat(parts).chunk(2)
+    reference = oracle.features(half)
+
+    def fid(images: torch.Tensor) -> float:
+        return frechet_distance(oracle.features(images), reference)
+
+    floor, mean = fid(other), other.mean((1, 2, 3), keepdim=True)
+    blurred = [fid(blur(other, torch.full((len(other),), sigma))) / floor for sigma in (0.3, 0.6, 1.0)]
+    assert blurred[0] > 1.1
+    assert blurred[1] > 1.5 * blurred[0]
+    assert blurred[2] > 1.5 * blurred[1]
+    assert fid(0.8 * other + 0.2 * other.roll(1, 0)) > 2 * floor
+    contrast = [fid(mean + share * (other - mean)) / floor for share in (0.95, 0.9, 0.8)]
+    assert 1.1 < contrast[0] < contrast[1] < contrast[2]
+
+
+def test_features_are_standardised(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
+    features = oracle.features(renders[0])
+    assert features.shape == (600, FEATURES)
+    assert features.mean(0).abs().max() < 0.35
+    assert (features.std(0) - 1).abs().max() < 0.35
+
+
+# ------------------------------------------------------------------------------------------------------------------ teacher
+
+
+def test_teacher_is_a_plain_diffusers_pipeline_of_the_size_it_claims() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)
+    kinds = (CLIPTokenizer, CLIPTextModel, AutoencoderKL, UNet2DConditionModel, DDIMScheduler)
+    parts = (pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.scheduler)
+    assert all(isinstance(part, kind) for part, kind in zip(parts, kinds, strict=True))
+    assert 3e6 <= pipeline.unet.num_parameters() <= 6e6
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) <= 15e6
+    image = pipeline("a red star on grass", num_inference_steps=2, guidance_scale=3.0).images[0]
+    assert image.size == (64, 64)
+
+
+def test_every_word_of_the_world_is_one_token() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(TEACHER / "tokenizer")
+    texts = captions(300, 2, "test")
+    assert max(len(tokenizer(text).input_ids) for text in texts) <= tokenizer.model_max_length == 24
+    for text in texts:
+        assert len(tokenizer.tokenize(text)) == len(text.replace(",", " ,").split())
+
+
+def test_the_teachers_figures_clear_their_bars() -> None:
+    """The shipped reference: accuracy over 1,000 held-out captions, and how much worse few steps are."""
+    stored = {name: value.float() for name, value in load_tensors(protocol.reference_file("test")).items()}
+    assert len(stored["first"]) == len(stored["reference"]) == 1000
+    floor = frechet_distance(stored["first"], stored["reference"])
+    figures = json.loads((ASSETS / "figures-test.json").read_text())
+    assert figures["fid_floor"] == pytest.approx(floor, rel=1e-3)
+    assert figures["caption_accuracy"] == pytest.approx(float(stored["right"].mean()))
+    assert figures["caption_accuracy"] >= 0.8
+    assert figures["few_steps"]["4"]["fid"] >= 5 * floor
+    assert figures["few_steps"]["2"]["fid"] >= 20 * floor
+
+
+# ----------------------------------------------------------------------------------------------------------------- protocol
+
+
+def test_missed_bars_are_named() -> None:
+    def row(
+        model: str, steps: int, fid: float, accuracy: float, diversity: float = 1.0, sharpness: float = 1.0
+    ) -> protocol.Row:
+        return protocol.Row(model, steps, 1.0, fid, accuracy, diversity, sharpness, 0.1, 1000)
+
+    teacher = [row("teacher", 100, 0.4, 0.8), row("teacher", 4, 10.0, 0.6)]
+    assert protocol.missed_bars([*teacher, row("student", 4, 3.0, 0.72, 0.9, 0.9)]) == []
+    missed = protocol.missed_bars([*teacher, row("student", 4, 3.1, 0.71, 0.89, 0.89)])
+    assert missed == [
+        "FID to the teacher is 3.100, the bar is <= 3.000",
+        "caption accuracy is 0.710, the bar is >= 0.720",
+        "diversity is 0.890, the bar is >= 0.900",
+        "sharpness is 0.890, the bar is >= 0.900",
+    ]
