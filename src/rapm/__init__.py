@@ -1,0 +1,46 @@
+"""rapm: distil a diffusers text-to-image model into a 1 to 8 step generator on one GPU, from prompts alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rapm.config import Config
+    from rapm.errors import NonFinite, UserError
+    from rapm.network import Backbone
+    from rapm.run import Run
+    from rapm.schedule import Grid, Schedule
+    from rapm.stages import distill
+    from rapm.trajectories import TrajectoryStore
+
+# Loaded when first asked for: `import rapm` and `rapm --help` must not wait for torch and diffusers.
+_HOMES = {
+    "Backbone": "network",
+    "Config": "config",
+    "Grid": "schedule",
+    "NonFinite": "errors",
+    "Run": "run",
+    "Schedule": "schedule",
+    "TrajectoryStore": "trajectories",
+    "UserError": "errors",
+    "distill": "stages",
+}
+__all__ = [
+    "Backbone",
+    "Config",
+    "Grid",
+    "NonFinite",
+    "Run",
+    "Schedule",
+    "TrajectoryStore",
+    "UserError",
+    "distill",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rapm' has no attribute '{name}'")
+    return getattr(import_module(f"rapm.{_HOMES[name]}"), name)

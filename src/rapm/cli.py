@@ -1,0 +1,165 @@
+"""The command line: parse, call the library, print. Heavy imports wait inside the commands, so help comes at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rapm.errors import UserError
+
+app = typer.Typer(
+    name="rapm",
+    help="Distil a text-to-image model into a 1 to 8 step generator on one GPU, from prompts alone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+OutOption = Annotated[Path, typer.Option("--out", help="The run's folder; the same command again goes on with it.")]
+TeacherOption = Annotated[str | None, typer.Option(help="'toy', or a folder in diffusers' layout.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="Settings, a TOML file.")]
+PresetOption = Annotated[str | None, typer.Option(help="A shipped configuration, by name.")]
+PromptsOption = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
+SettingsOption = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, KEY=VALUE, such as training.iterations=1000; repeatable.")
+]
+RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
+
+
+@app.command()
+def distill(
+    out: OutOption,
+    teacher: TeacherOption = None,
+    prompts: PromptsOption = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    settings: SettingsOption = None,
+) -> None:
+    """The whole chain: trajectories, training, export, a sheet of pictures."""
+    from rapm import stages
+    from rapm.config import load
+
+    chosen = load(config, preset=preset, teacher=teacher, prompts=prompts, settings=settings or ())
+    run = stages.distill_config(chosen, out)
+    if run is None:
+        print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
+        raise typer.Exit(130)
+    print(f"LoRA for diffusers: {run.export / stages.LORA_FILE}")
+    for picture in sorted(run.samples.glob("*.png")):
+        print(f"Picture: {picture}")
+
+
+@app.command()
+def trajectories(
+    out: OutOption,
+    teacher: TeacherOption = None,
+    prompts: PromptsOption = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    settings: SettingsOption = None,
+) -> None:
+    """Only the first stage: roll out the teacher and store its trajectories."""
+    from rapm import stages
+    from rapm.config import load
+
+    chosen = load(config, preset=preset, teacher=teacher, prompts=prompts, settings=settings or ())
+    run = stages.open_run(chosen, out)
+    with run.locked():
+        store = stages.make_trajectories(run)
+    print(f"{len(store)} trajectories in {store.folder}")
+
+
+@app.command()
+def train(run: RunArgument) -> None:
+    """Train the student of a run that has its trajectories, or go on with it."""
+    from rapm import stages
+    from rapm.run import Run
+
+    opened = Run.existing(run)
+    with opened.locked():
+        if not stages.train_run(opened):
+            print(f"Stopped; a checkpoint is in {opened.checkpoints}. The same command goes on from there.")
+            raise typer.Exit(130)
+        print(f"LoRA for diffusers: {stages.export_run(opened)}")
+
+
+@app.command()
+def export(run: RunArgument) -> None:
+    """Write the newest checkpoint's student as a LoRA file for diffusers."""
+    from rapm import stages
+    from rapm.run import Run
+
+    print(f"LoRA for diffusers: {stages.export_run(Run.existing(run))}")
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. None: captions of the toy world.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="The student's steps; N when left out.")] = None,
+    few_steps: Annotated[int | None, typer.Option(min=1, max=1000, help="The teacher's steps in the second row.")] = None,
+    many_steps: Annotated[int, typer.Option(min=1, max=1000, help="The teacher's steps in the first row.")] = 100,
+    count: Annotated[int, typer.Option(min=1, max=64, help="Pictures a row.")] = 8,
+    file: Annotated[Path | None, typer.Option(help="The PNG to write; in the run's samples/ when left out.")] = None,
+) -> None:
+    """Draw a sheet: teacher at many steps, teacher at few steps, student, from the same seeds."""
+    from rapm import stages
+    from rapm.run import Run
+
+    picture = stages.sample_run(
+        Run.existing(run),
+        prompts=prompt or (),
+        seed=seed,
+        steps=steps,
+        few_steps=few_steps,
+        many_steps=many_steps,
+        count=count,
+        file=file,
+    )
+    print(f"Picture: {picture}")
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    split: Annotated[str, typer.Option(help="Held-out captions: 'test' to report, 'validation' to tune on.")] = "test",
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 when the student misses a bar.")] = False,
+) -> None:
+    """Score the student of a toy run beside its teacher; writes scores.json."""
+    from rapm import stages
+    from rapm.run import Run
+
+    if split not in ("test", "validation"):
+        raise UserError(f"--split is 'test' or 'validation', not '{split}'")
+    opened = Run.existing(run)
+    rows, missed = stages.evaluate_run(opened, split)
+    print(
+        f"{'model':8} {'steps':>5} {'guidance':>8} {'FID':>7} {'captions':>8} {'diversity':>9} {'sharpness':>9} {'s/image':>8}"
+    )
+    for row in rows:
+        print(
+            f"{row.model:8} {row.steps:5d} {row.guidance_scale:8.1f} {row.fid_to_teacher:7.3f} {row.caption_accuracy:8.3f} "
+            f"{row.diversity:9.3f} {row.sharpness:9.3f} {row.seconds_per_image:8.3f}"
+        )
+    for line in missed:
+        print(f"Missed: the student's {line}")
+    if not missed:
+        print("The student clears every bar.")
+    if check and missed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs a command; a user's mistake is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of image processors that nothing here uses
+    try:
+        app()
+    except (UserError, OSError) as error:  # an OSError here is a disk that is full or a folder that may not be written
+        print(f"rapm: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,328 @@
+"""The configuration of a run: typed, validated, one TOML file. The only file that knows TOML."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rapm.errors import UserError
+from rapm.schedule import Grid
+
+PRESETS = Path(__file__).parent / "configs"
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kind = Literal["relative", "absolute"]  # of position, and of everything that is compared with it
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A table of the file. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Trajectories(Section):
+    """What is precomputed: the teacher's sampling trajectories."""
+
+    prompts: str = ""
+    """Text file with one prompt a line. Empty: the toy teacher's own captions."""
+    count: Positive = 1000
+    """Number of trajectories; prompts are taken in order, over again when there are fewer."""
+    slots: Annotated[int, Field(ge=1, le=16)] = 4
+    """N, the student's number of steps."""
+    fine_steps: Positive = 25
+    """M, teacher steps in a slot."""
+    delta: Positive = 1
+    """Fine steps from a coarse position down to the nudged one."""
+    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
+    """The teacher's, baked into the student; 1 is none."""
+    negative_prompt: str = ""
+    """What the teacher is guided away from."""
+    height: Positive | None = None
+    """Pixels; the teacher's own size when left out."""
+    width: Positive | None = None
+    """Pixels; the teacher's own size when left out."""
+    seed: int = 0
+    """Trajectory k starts from the noise of (seed, k)."""
+    batch_size: Positive = 8
+    """Trajectories rolled out side by side; costs memory, changes nothing."""
+    shard_size: Positive = 32
+    """Trajectories in a file; what a kill can cost."""
+
+
+class Student(Section):
+    """The student's LoRA and how it learns."""
+
+    rank: Positive = 16
+    """LoRA rank; alpha is the rank (scale 1)."""
+    targets: list[str] = []
+    """Names of the modules that get LoRA; empty: all attention, feed-forward and convolution layers."""
+    learning_rate: Rate = 1e-4
+    """AdamW; see also ``training.warmup`` and ``training.decay``."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the average over the student's weights that is sampled and exported; 0 is none."""
+
+
+class Critics(Section):
+    """The two discriminators' LoRA and heads, and how they learn."""
+
+    adversarial_weight: Weight = 0.1
+    """Of the adversarial terms beside the distances; 0 leaves the critics out, and every turn is the student's."""
+    every: Annotated[int, Field(ge=2)] = 2
+    """One turn in so many is the critics', the others are the student's."""
+    rank: Annotated[int, Field(ge=1)] = 8
+    """LoRA rank of each critic."""
+    targets: list[str] = []
+    """As for the student."""
+    head_width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
+    """Channels of each head."""
+    learning_rate: Rate = 1e-4
+    """AdamW, betas 0 and 0.999."""
+    start: Fraction = 0.0
+    """Share of the iterations that pass on distances alone before the critics' first turn."""
+
+
+class Training(Section):
+    """The loop."""
+
+    iterations: Positive = 20_000
+    """Turns of both kinds."""
+    batch_size: Positive = 1
+    """Trajectories in a turn."""
+    slot_batch: Positive = 1
+    """Slots handled in one pass: 1 needs least memory, N is fastest where the GPU (or CPU) is not full."""
+    relative_weight: Weight | list[Weight] = 1.0
+    """Of the relative loss; a number, or one for each slot n = 0 ... N - 1."""
+    absolute_weight: Weight | list[Weight] = 1.0
+    """w_n, of the absolute loss; a number, or one for each slot n = 0 ... N - 1."""
+    distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
+    """d."""
+    huber_c: Rate = 1e-3
+    """c of the pseudo-Huber distance."""
+    warmup: Annotated[int, Field(ge=0)] = 20
+    """Iterations over which all learning rates rise from zero."""
+    decay: Fraction = 0.5
+    """Share of the iterations, at the end, over which all learning rates fall linearly to zero."""
+    gradient_clip: Rate = 1.0
+    """Largest norm of a role's gradient."""
+    weight_decay: Weight = 1e-3
+    """AdamW, all roles."""
+    gradient_checkpointing: bool = True
+    """Trade a second forward for memory; the same gradients."""
+    seed: int = 0
+    """Of everything drawn in training and of the adapters' first weights."""
+    checkpoint_every: Positive = 500
+    """Iterations between checkpoints; the last one is always kept."""
+    keep_checkpoints: Positive = 2
+    """How many are kept."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    teacher: str = "toy"
+    """``toy`` or a folder in diffusers' layout."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the frozen network computes in; adapters, losses and positions are float32 always. (No float16: gradients of these
+    losses are smaller than it can hold.)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where; auto takes a GPU when there is one."""
+    trajectories: Trajectories = Trajectories()
+    student: Student = Student()
+    critics: Critics = Critics()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        try:
+            self.grid()
+        except ValueError as error:
+            raise ValueError(f"trajectories.slots, .fine_steps and .delta do not fit together: {error}") from None
+        for name in ("relative_weight", "absolute_weight"):
+            weights = getattr(self.training, name)
+            if isinstance(weights, list) and len(weights) != self.trajectories.slots:
+                raise ValueError(f"training.{name} has {len(weights)} weights for N = {self.trajectories.slots} slots")
+        if not any(self.slot_weights("relative") + self.slot_weights("absolute")):
+            raise ValueError("training.relative_weight and training.absolute_weight are both 0: nothing to learn")
+        return self
+
+    def grid(self) -> Grid:
+        return Grid(self.trajectories.slots, self.trajectories.fine_steps, self.trajectories.delta)
+
+    def slot_weights(self, kind: Kind) -> list[float]:
+        """The weight of each slot n = 0 ... N - 1."""
+        weights = getattr(self.training, f"{kind}_weight")
+        return weights if isinstance(weights, list) else [weights] * self.trajectories.slots
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.precision)
+
+    @property
+    def torch_device(self) -> str:
+        """Where this run computes.
+
+        Raises:
+            UserError: ``cuda`` was asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device = 'cuda' but torch sees no GPU; use 'cpu' or 'auto', or install torch for your GPU")
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+
+# These change how fast a run goes, what it costs or what it leaves behind, and not what it computes.
+_FREE_ON_RESUME = {
+    ("trajectories", "batch_size"),
+    ("training", "checkpoint_every"),
+    ("training", "keep_checkpoints"),
+    ("training", "gradient_checkpointing"),
+}
+
+
+def flatten(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, (*prefix, key)) if isinstance(value, Mapping) else {(*prefix, key): value}
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The keys in which two configurations would compute different results, with both values."""
+    a, b = flatten(old.model_dump()), flatten(new.model_dump())
+    return [f"{'.'.join(k)}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k] and k not in _FREE_ON_RESUME]
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in section.model_fields.items():
+        kind: Any = info.annotation
+        nested = isinstance(kind, type) and issubclass(kind, Section)
+        keys += _known_keys(kind, f"{prefix}{name}.") if nested else [prefix + name]
+    return keys
+
+
+def parse(table: Mapping[str, Any], origin: str) -> Config:
+    """Validates a table.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type or value; ``origin`` says whose table it was.
+    """
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
+        if unknown:
+            table = unknown["input"] if isinstance(unknown["input"], Mapping) else {}
+            key = ".".join(str(part) for part in (*unknown["loc"], *next(iter(flatten(table)), ())))
+            near = difflib.get_close_matches(key, _known_keys(Config), 1, 0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{origin}: unknown key '{key}'{hint}") from None
+        first = max(errors, key=lambda e: len(e["loc"]))  # of a union's branches, the one that got furthest, without its name
+        key = ".".join(str(part) for part in first["loc"] if not {*"-["} & {*str(part)})
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (given: {first['input']!r})" if key else ""
+        raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_text(text: str, origin: str) -> Config:
+    """Validates what :func:`dump` wrote; raises as :func:`parse` does."""
+    return parse(tomllib.loads(text), origin)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {file}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a TOML file: {error}") from None
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """``training.iterations=100`` as a nested table; a value that is no TOML is taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text!r}: write KEY=VALUE, for instance training.iterations=100")
+    parsed: Any
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def presets() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def load(
+    file: Path | None = None,
+    *,
+    preset: str | None = None,
+    teacher: str | None = None,
+    prompts: Path | None = None,
+    settings: Sequence[str] = (),
+) -> Config:
+    """Puts a configuration together: defaults, then the preset, then the file, then single settings.
+
+    Args:
+        file: TOML file.
+        preset: name of a shipped one; the toy teacher takes ``toy`` by itself.
+        teacher: overrides the teacher; a folder is kept as an absolute path, as a run may go on from another place.
+        prompts: overrides the prompt file; kept as an absolute path too.
+        settings: ``section.key=value`` each.
+
+    Raises:
+        UserError: anything in them is wrong.
+    """
+    table: dict[str, Any] = {}
+    given = [_read(file)] if file else []
+    given += [_setting(text) for text in settings]
+    if teacher:
+        given.append({"teacher": str(Path(teacher).resolve()) if Path(teacher).is_dir() else teacher})
+    if prompts:
+        given.append({"trajectories": {"prompts": str(prompts.resolve())}})
+    source = next((t["teacher"] for t in reversed(given) if "teacher" in t), "toy")
+    if preset is None and source == "toy":
+        preset = "toy"
+    if preset is not None:
+        if preset not in presets():
+            raise UserError(f"there is no preset '{preset}'; there are: {', '.join(presets())}")
+        table = _read(PRESETS / f"{preset}.toml")
+    for part in given:
+        table = _merge(table, part)
+    return parse(table, " and ".join([*([str(file)] if file else []), *(["settings"] if settings or not file else [])]))
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML, every key written out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def read(file: Path) -> Config:
+    """A configuration that :func:`dump` wrote.
+
+    Raises:
+        UserError: the file is damaged or of another version.
+    """
+    return parse(_read(file), str(file))

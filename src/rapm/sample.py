@@ -1,0 +1,118 @@
+"""Few-step sampling from a teacher or a student, and sheets of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from rapm.errors import UserError
+from rapm.families import Family, find_teacher
+from rapm.files import complete_or_absent, under_prefix
+from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.objective import Conditioning, Denoiser
+from rapm.run import Run
+from rapm.schedule import Schedule, trailing_timesteps
+from rapm.trajectories import guided, picture_noise
+
+
+@torch.no_grad()
+def sample(denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Conditioning, num_steps: int) -> Tensor:
+    """Deterministic DDIM from noise z to the end in ``num_steps`` trailing steps. All [B, C, H, W], float32."""
+    for t, s in pairwise(trailing_timesteps(num_steps, schedule.num_train_timesteps)):
+        z = schedule.step(z, denoiser(z, torch.full((len(z),), t), conditioning), t, s)
+    return z
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A pipeline with its network as a backbone: draws pictures of a teacher or of a run's student.
+
+    Attributes:
+        guidance_scale: the teacher's.
+        unconditional: conditioning of the negative prompt, [1, ...].
+    """
+
+    family: Family
+    pipeline: Any
+    backbone: Backbone
+    schedule: Schedule
+    guidance_scale: float
+    unconditional: Conditioning
+    shape: tuple[int, int, int]
+
+    @torch.no_grad()
+    def latents(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:
+        """Latents [n, C, h, w] of prompt i from the noise of seed i, by the teacher (guided) or the student (guidance 1)."""
+        z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
+        conditioning = self.family.encode(self.pipeline, prompts)
+        scale = self.guidance_scale if role == TEACHER else 1.0
+        denoiser = guided(self.backbone, self.unconditional, scale)
+        done = []
+        with self.backbone.role(role):
+            for start in range(0, len(z), batch_size):
+                rows = slice(start, start + batch_size)
+                own = {name: value[rows] for name, value in conditioning.items()}
+                done.append(sample(denoiser, self.schedule, z[rows].to(self.backbone.device), own, num_steps))
+        return torch.cat(done)
+
+    def images(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:
+        """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
+        return self.family.decode(self.pipeline, self.latents(role, prompts, seeds, num_steps, batch_size))
+
+
+def open_studio(run: Run, *, student: bool = True) -> Studio:
+    """Loads what a run's pictures take: its teacher's pipeline and, unless told not to, its trained student.
+
+    Raises:
+        UserError: the run's teacher is gone, or the run has no checkpoint yet.
+    """
+    config = run.config
+    step, state = run.load_checkpoint() if student else (0, {})
+    if student and not step:
+        raise UserError(f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'")
+    teacher = find_teacher(config.teacher)
+    pipeline = teacher.load_pipeline(config.torch_dtype, config.torch_device)
+    family = teacher.family
+    backbone = Backbone(getattr(pipeline, family.network), family.call, family.lora_targets)
+    if student:
+        backbone.add_role(STUDENT, config.student.rank, config.student.targets or family.lora_targets, 0)
+        backbone.load(STUDENT, under_prefix("average", state))
+    return Studio(
+        family,
+        pipeline,
+        backbone,
+        teacher.schedule,
+        config.trajectories.guidance_scale,
+        family.encode(pipeline, [config.trajectories.negative_prompt]),
+        family.latent_shape(pipeline, config.trajectories.height, config.trajectories.width),
+    )
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [n, 3, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+
+
+def sheet(rows: Sequence[tuple[str, Tensor]], file: Path, min_side: int = 128) -> None:
+    """Writes a PNG: a row of pictures for each (title, images [n, 3, H, W] in [-1, 1]), the title above it."""
+    scale = max(1, min_side // rows[0][1].shape[-1])
+    height, width = (size * scale for size in rows[0][1].shape[-2:])
+    gap, title = 4, 22
+    columns = max(len(images) for _, images in rows)
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + title) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (text, images) in enumerate(rows):
+        top = r * (height + gap + title) + gap
+        draw.text((gap, top), text, fill="black", font_size=15)
+        for c, pixels in enumerate(to_uint8(images).numpy()):
+            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (c * (width + gap) + gap, top + title))
+    with complete_or_absent(file) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -1,0 +1,292 @@
+"""The stages of a distillation, which the command line calls. Trajectories and training are skipped when they are done."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rapm import config as configuration
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.evaluate import toy_protocol
+from rapm.families import Teacher, ddim_scheduler, find_teacher
+from rapm.files import complete_or_absent_folder, share, write_json
+from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.run import Run
+from rapm.sample import open_studio, sheet
+from rapm.toy import scenes
+from rapm.train import train
+from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; empty lines are passed over.
+
+    Raises:
+        UserError: there is no such file, it is no text, or it holds no prompt.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"there is no prompt file {file}") from None
+    except (UnicodeDecodeError, OSError):
+        raise UserError(f"{file} is not a text file with one prompt a line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{file} holds no prompts; write one prompt a line")
+    return prompts
+
+
+def _prompts(config: Config) -> list[str]:
+    settings = config.trajectories
+    if settings.prompts:
+        return read_prompts(Path(settings.prompts))
+    if config.teacher != "toy":
+        raise UserError("trajectories.prompts names no file; give one with --prompts FILE, one prompt a line")
+    return scenes.captions(settings.count, settings.seed, "train")
+
+
+def open_run(config: Config, out: Path) -> Run:
+    """Creates a run or goes on with one, once all that its settings name is there: a mistake leaves no folder behind.
+
+    Raises:
+        UserError: no such teacher, prompts or device, or the folder holds something else.
+    """
+    _ = find_teacher(config.teacher), _prompts(config), config.torch_device
+    return Run.open(out, config)
+
+
+# ------------------------------------------------------------------------------------------------------------- trajectories
+
+
+def _facts(config: Config, teacher: Teacher) -> dict[str, Any]:
+    """What trajectories depend on beside the prompts' text."""
+    settings = config.trajectories
+    return {
+        "teacher": teacher.fingerprint,
+        "grid": [settings.slots, settings.fine_steps, settings.delta],
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+        "size": [settings.height, settings.width],
+        "seed": settings.seed,
+        "count": settings.count,
+        "precision": config.precision,
+        "shard_size": settings.shard_size,
+        "rapm": version("rapm"),
+    }
+
+
+def make_trajectories(run: Run) -> TrajectoryStore:
+    """Rolls out the teacher for every prompt and seed, or goes on with it, or opens what is there.
+
+    Raises:
+        UserError: the prompts, the teacher or an existing store are not as they must be.
+    """
+    config, settings = run.config, run.config.trajectories
+    teacher, prompts = find_teacher(config.teacher), _prompts(config)
+    facts = _facts(config, teacher) | {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    if check_facts(run.trajectories, facts):
+        return TrajectoryStore.open(run.trajectories)
+    device = config.torch_device
+    pipeline = teacher.load_pipeline(config.torch_dtype, device)
+    family = teacher.family
+    backbone = Backbone(getattr(pipeline, family.network), family.call, family.lora_targets)
+    for targets in (config.student.targets, config.critics.targets):
+        backbone.check_targets(targets)  # now, and not after hours of rollout
+    conditioning = family.encode(pipeline, prompts)
+    unconditional = family.encode(pipeline, [settings.negative_prompt])
+    with backbone.role(TEACHER):
+        return make_store(
+            run.trajectories,
+            guided(backbone, unconditional, settings.guidance_scale),
+            teacher.schedule,
+            config.grid(),
+            prompts=prompts,
+            conditioning=conditioning,
+            shape=family.latent_shape(pipeline, settings.height, settings.width),
+            count=settings.count,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            shard_size=settings.shard_size,
+            facts=facts,
+            device=device,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+
+
+def load_backbone(teacher: Teacher, config: Config) -> Backbone:
+    """The teacher's network alone, with its taps: all that training needs."""
+    network = teacher.load_network(config.torch_dtype, config.torch_device)
+    family = teacher.family
+    return Backbone(
+        network,
+        family.call,
+        family.lora_targets,
+        family.taps(network),
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+
+
+def train_run(run: Run) -> bool:
+    """Trains the student to the run's last iteration. Returns False when the user stopped it.
+
+    Raises:
+        UserError: there are no trajectories, they are another teacher's, or training cannot go on.
+    """
+    if run.checkpoint_steps()[-1:] == [run.config.training.iterations]:
+        return True
+    teacher = find_teacher(run.config.teacher)
+    check_facts(run.trajectories, _facts(run.config, teacher))
+    store = TrajectoryStore.open(run.trajectories)
+    return train(run, load_backbone(teacher, run.config), store, teacher.schedule)
+
+
+# ------------------------------------------------------------------------------------------------------------------- results
+
+CARD = """---
+base_model: {teacher}
+base_model_relation: adapter
+tags: [text-to-image, diffusers, lora, template:sd-lora, rapm]
+---
+# A {steps}-step LoRA by RAPM
+
+Distilled with rapm {version} (relative and absolute position matching, arXiv 2503.20744) from `{teacher}` at guidance scale
+{guidance_scale}, which is baked in: sample without guidance.
+
+```python
+pipe.load_lora_weights("FOLDER")          # strength 1.0
+pipe.scheduler = DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")
+pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0)
+```
+"""
+
+
+def export_run(run: Run) -> Path:
+    """Writes ``export/``: the student's averaged LoRA for diffusers, the scheduler's config, a model card.
+
+    Training is at scale 1 (alpha = rank) and the metadata say so, so the file loads at strength 1.0.
+    """
+    studio, config = open_studio(run), run.config
+    backbone = studio.backbone
+    with complete_or_absent_folder(run.export) as folder:
+        studio.family.save_lora(folder, backbone.lora_state(STUDENT), backbone.configs[STUDENT].to_dict())
+        share(folder / LORA_FILE)
+        ddim_scheduler(studio.pipeline.scheduler.config).save_pretrained(folder / "scheduler")
+        card = CARD.format(
+            teacher=config.teacher,
+            steps=config.trajectories.slots,
+            guidance_scale=config.trajectories.guidance_scale,
+            version=version("rapm"),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return run.export / LORA_FILE
+
+
+def sample_run(
+    run: Run,
+    *,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    steps: int | None = None,
+    few_steps: int | None = None,
+    many_steps: int = 100,
+    count: int = 8,
+    file: Path | None = None,
+) -> Path:
+    """Draws a sheet from the same seeds: the teacher at many steps, the teacher at few steps, the student.
+
+    Args:
+        prompts: taken in turn; none gives held-out captions of the toy world, or the first of the run's own prompts.
+        steps: the student's; N when left out.
+        few_steps: the teacher's in the second row; as many as the student's when left out.
+        count: pictures a row.
+        file: where to; ``samples/`` in the run when left out.
+    """
+    steps = steps or run.config.trajectories.slots
+    few_steps = few_steps or steps
+    studio = open_studio(run)
+    if not prompts:
+        is_toy = run.config.teacher == "toy" and not run.config.trajectories.prompts
+        prompts = scenes.captions(count, 1, "validation") if is_toy else _prompts(run.config)
+    texts = [prompts[i % len(prompts)] for i in range(count)]
+    seeds = range(seed, seed + count)
+    scale = studio.guidance_scale
+    calls = 1 if scale == 1 else 2
+    rows = [
+        (f"teacher, {many_steps} steps, guidance {scale:g} ({calls * many_steps} network calls)", TEACHER, many_steps),
+        (f"teacher, {few_steps} steps, guidance {scale:g} ({calls * few_steps} network calls)", TEACHER, few_steps),
+        (f"student, {steps} steps, no guidance ({steps} network calls)", STUDENT, steps),
+    ]
+    file = file or run.samples / f"seed-{seed}-steps-{steps}.png"
+    sheet([(title, studio.images(role, texts, seeds, n)) for title, role, n in rows], file)
+    return file
+
+
+def evaluate_run(run: Run, split: scenes.Split = "test") -> tuple[list[toy_protocol.Row], list[str]]:
+    """Scores a run of the toy world and writes ``scores.json``. Returns the rows and the bars missed, in words."""
+    if run.config.teacher != "toy":
+        raise UserError("only the toy teacher has an oracle to be scored with, as yet")
+    rows = toy_protocol.score(open_studio(run), split, run.config.trajectories.slots)
+    libraries = ("rapm", "torch", "diffusers", "transformers", "peft")
+    scores = {
+        "rows": toy_protocol.as_dicts(rows),
+        "split": split,
+        "command": " ".join(["rapm", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "threads": torch.get_num_threads(),
+    }
+    write_json(run.scores if split == "test" else run.folder / f"scores-{split}.json", scores)
+    return rows, toy_protocol.missed_bars(rows)
+
+
+def distill(
+    teacher: str = "toy",
+    out: str | Path = "runs/distilled",
+    *,
+    prompts: str | Path | None = None,
+    config: str | Path | None = None,
+    preset: str | None = None,
+    settings: Sequence[str] = (),
+) -> Run | None:
+    """The whole chain: trajectories, training, export, a sheet of pictures. Call it again to go on where it stopped.
+
+    Args:
+        teacher: ``toy`` or a folder in diffusers' layout.
+        out: the run's folder.
+        prompts: text file with one prompt a line; the toy teacher can do without.
+        config: TOML file.
+        preset: a shipped configuration.
+        settings: ``section.key=value`` each.
+
+    Returns:
+        The run; None when the user stopped it half-way.
+
+    Raises:
+        UserError: something given is wrong; nothing that was written before is lost.
+    """
+    files = Path(config) if config else None, Path(prompts) if prompts else None
+    chosen = configuration.load(files[0], preset=preset, teacher=teacher, prompts=files[1], settings=settings)
+    return distill_config(chosen, Path(out))
+
+
+def distill_config(config: Config, out: Path) -> Run | None:
+    """:func:`distill` with its settings already put together."""
+    run = open_run(config, out)
+    with run.locked():
+        make_trajectories(run)
+        if not train_run(run):
+            return None
+        export_run(run)
+        sample_run(run)
+    return run

@@ -1,0 +1,354 @@
+"""The training loop: one flat function over stored trajectories, and the two kinds of turn it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from rapm.config import Config, Kind
+from rapm.critic import Heads
+from rapm.errors import NonFinite
+from rapm.files import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
+from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
+from rapm.objective import (
+    Conditioning,
+    Positions,
+    Renoising,
+    hinge_critic,
+    hinge_student,
+    margin,
+    positions,
+    pseudo_huber,
+    repeat,
+    shown_to_critic,
+    slot_groups,
+    squared,
+    student_step,
+)
+from rapm.progress import track
+from rapm.run import Run
+from rapm.schedule import Grid, Schedule
+from rapm.trajectories import TrajectoryStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B stored trajectories: coarse [B, N + 1, C, H, W], nudged [B, N, C, H, W], conditioning [B, ...]."""
+
+    coarse: Tensor
+    nudged: Tensor
+    conditioning: Conditioning
+
+
+class Learner:
+    """What one role learns with: its parameters, its optimiser, for a critic its heads."""
+
+    def __init__(
+        self, backbone: Backbone, role: str, heads: Heads | None, rate: float, betas: tuple[float, float], decay: float
+    ):
+        self.role, self.heads, self.rate = role, heads, rate
+        self.parameters: dict[str, nn.Parameter] = dict(backbone.parameters(role))
+        if heads is not None:
+            self.parameters |= {f"heads.{name}": p for name, p in heads.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=betas, weight_decay=decay, fused=True)
+
+    def clip(self, iteration: int, loss: float, clip: float) -> float:
+        """Clips its gradients and returns their norm before.
+
+        Raises:
+            NonFinite: loss or gradient is not a number; nothing was changed.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFinite(
+                f"the {self.role}'s loss ({loss:.4g}) or gradient ({norm:.4g}) is not finite at iteration {iteration}; "
+                "nothing was updated: try a lower learning_rate, or precision bfloat16 or float32, and run again"
+            )
+        return norm
+
+    def step(self, rate_factor: float) -> None:
+        """Takes the step its gradients ask for and clears them."""
+        self.optimizer.param_groups[0]["lr"] = self.rate * rate_factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        return with_prefix("weights", self.parameters) | with_prefix("optimizer", optimizer_tensors(self.optimizer))
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in under_prefix("weights", state).items():
+            self.parameters[name].copy_(value)
+        load_optimizer_tensors(self.optimizer, under_prefix("optimizer", state))
+
+
+@dataclass(frozen=True)
+class Players:
+    """Everything the turns need: the network in its roles, the schedule, the grid, the settings."""
+
+    config: Config
+    backbone: Backbone
+    schedule: Schedule
+    grid: Grid
+    student: Learner
+    critics: Mapping[str, Learner]
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        training = self.config.training
+        return pseudo_huber(a, b, training.huber_c) if training.distance == "pseudo_huber" else squared(a, b)
+
+    def slot_weight(self, kind: Kind, slots: list[int], batch: int) -> Tensor:
+        """The weight of each row of a group of slots, [k B], with 1 / (N B) in it: losses are means over slots and batch."""
+        weights = self.config.slot_weights(kind)
+        rows = torch.tensor([weights[n] for n in slots]).repeat_interleave(batch)
+        return rows.to(self.backbone.device) / (self.grid.slots * batch)
+
+    def positions(self, slots: list[int], z: Tensor, batch: Batch) -> Positions:
+        """Called inside the student's role."""
+        relative = any(self.config.slot_weights("relative"))
+        return positions(
+            self.backbone, self.schedule, self.grid, slots, z, batch.coarse, batch.nudged, batch.conditioning, relative=relative
+        )
+
+    def shown(self, slots: Sequence[int], z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Positions of a group of slots as a critic gets to see them."""
+        return shown_to_critic(self.schedule, self.grid, slots, z, t, noise)
+
+    def logits(self, role: str, shown: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """What a critic says of re-noised positions. Called inside its role."""
+        heads = self.critics[role].heads
+        assert heads is not None
+        return heads(self.backbone.features(shown, t, conditioning))
+
+
+_KIND: dict[str, Kind] = {RELATIVE_CRITIC: "relative", ABSOLUTE_CRITIC: "absolute"}
+
+
+def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> dict[str, float]:
+    """Accumulates the student's gradient over the slots, from high noise to low. Returns losses to log.
+
+    Every graph lives in one role: the losses' gradient with respect to the student's positions is found first, each critic's in
+    the critic's role, then carried through the student's own graph.
+    """
+    backbone, device = players.backbone, players.backbone.device
+    sums: dict[str, float] = {}
+    z = batch.coarse[:, players.grid.slots]
+    for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
+        with backbone.role(STUDENT):
+            at = players.positions(slots, z, batch)
+        with backbone.role(STUDENT):
+            z_phi = student_step(backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
+            leaf = z_phi.detach().requires_grad_()
+            gradient = torch.zeros_like(leaf)
+        targets: dict[Kind, Tensor] = {"relative": at.relative, "absolute": at.absolute}
+        for kind, target in targets.items():
+            weight = players.slot_weight(kind, slots, len(z))
+            if weight.any():
+                distance = players.distance(leaf, target)
+                gradient += torch.autograd.grad((weight * distance).sum(), leaf)[0]
+                sums[f"{kind}_distance"] = sums.get(f"{kind}_distance", 0.0) + float(distance.detach().sum()) / (
+                    players.grid.slots * len(z)
+                )
+        for role, draws in renoising.items():
+            t, _, noise = draws.of(slots, device)
+            with backbone.role(role):
+                hinge = hinge_student(players.logits(role, players.shown(slots, leaf, t, noise), t, at.conditioning))
+                weight = players.config.critics.adversarial_weight * players.slot_weight(_KIND[role], slots, len(z))
+                gradient += torch.autograd.grad((weight * hinge).sum(), leaf)[0]
+            name = f"{_KIND[role]}_adversarial"
+            sums[name] = sums.get(name, 0.0) + float(hinge.detach().sum()) / (players.grid.slots * len(z))
+        with backbone.role(STUDENT):
+            z_phi.backward(gradient)
+        z = z_phi.detach()[-len(z) :]
+    return sums
+
+
+def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> dict[str, float]:
+    """Accumulates both critics' gradients over the slots. Returns losses and margins to log."""
+    backbone, device = players.backbone, players.backbone.device
+    sums: dict[str, float] = {}
+    z = batch.coarse[:, players.grid.slots]
+    for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
+        with backbone.role(STUDENT), torch.no_grad():
+            at = players.positions(slots, z, batch)
+            fake = student_step(backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
+        for role, draws in renoising.items():
+            real = at.relative if role == RELATIVE_CRITIC else at.absolute
+            t, real_noise, fake_noise = draws.of(slots, device)
+            with backbone.role(role):
+                shown = torch.cat([players.shown(slots, real, t, real_noise), players.shown(slots, fake, t, fake_noise)])
+                logits = players.logits(role, shown, torch.cat([t, t]), repeat(at.conditioning, 2))
+                real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
+                share = 1 / (players.grid.slots * len(z))
+                loss = share * hinge_critic(real_logits, fake_logits).sum()
+                loss.backward()
+            for name, value in (("critic", loss), ("margin", share * margin(real_logits, fake_logits).sum())):
+                sums[f"{_KIND[role]}_{name}"] = sums.get(f"{_KIND[role]}_{name}", 0.0) + float(value.detach())
+        z = fake[-len(z) :]
+    return sums
+
+
+# ------------------------------------------------------------------------------------------------------------------- the loop
+
+
+def _generator(seed: int, *what: object) -> torch.Generator:
+    """Randomness as a function of the seed and what it is for."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw_batch(store: TrajectoryStore, size: int, seed: int, iteration: int, device: torch.device) -> Batch:
+    """The trajectories of an iteration: each epoch is a shuffle of all of them, a function of the seed and its number."""
+    rows = []
+    for k in range(iteration * size, (iteration + 1) * size):
+        epoch, place = divmod(k, len(store))
+        order = torch.randperm(len(store), generator=_generator(seed, "epoch", epoch))
+        rows.append(store[int(order[place])])
+    conditioning = {name: torch.stack([row.conditioning[name] for row in rows]).to(device) for name in rows[0].conditioning}
+    coarse, nudged = (torch.stack([getattr(row, name) for row in rows]).to(device) for name in ("coarse", "nudged"))
+    return Batch(coarse, nudged, conditioning)
+
+
+def rate_factor(config: Config, iteration: int) -> float:
+    """Both learning rates' factor: up over the warm-up, 1, then linearly down to 0 over the last share ``decay``."""
+    training = config.training
+    up = (iteration + 1) / training.warmup if iteration < training.warmup else 1.0
+    down = (training.iterations - iteration) / (training.decay * training.iterations) if training.decay else 1.0
+    return min(1.0, up, down)
+
+
+def is_critic_turn(config: Config, iteration: int) -> bool:
+    """Even iterations are the critics', odd ones the student's (``every`` = 2), once the critics have started."""
+    started = critics_play(config, iteration)
+    return started and iteration % config.critics.every == 0
+
+
+def critics_play(config: Config, iteration: int) -> bool:
+    """Whether critics take part in an iteration; they start with a turn of their own."""
+    every = config.critics.every
+    first = math.ceil(config.critics.start * config.training.iterations / every) * every
+    return config.critics.adversarial_weight > 0 and iteration >= first
+
+
+def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> Players:
+    """Adds the roles to the backbone and gives each its optimiser."""
+    grid, training, seed = config.grid(), config.training, config.training.seed
+    targets = backbone.lora_targets
+    backbone.add_role(STUDENT, config.student.rank, config.student.targets or targets, seed)
+    roles = [role for role, kind in _KIND.items() if config.critics.adversarial_weight and any(config.slot_weights(kind))]
+    critics: dict[str, Learner] = {}
+    if roles:
+        batch = draw_batch(store, 1, seed, 0, backbone.device)
+        probe = batch.coarse[:, 0], torch.zeros(1, dtype=torch.long), batch.conditioning
+        with backbone.role(TEACHER), torch.no_grad():
+            maps, reached = backbone.features(*probe), backbone.reached(*probe)
+        endings = tuple(f".{target}" for target in config.critics.targets or targets)
+        reached = [name.removesuffix(".base_layer") for name in reached]  # where the student's adapter sits
+        for place, role in enumerate(roles):
+            own = [name for name in reached if name.endswith(endings)]
+            backbone.add_role(role, config.critics.rank, own, seed + 1 + place)
+        for place, role in enumerate(roles):
+            heads = Heads([x.shape[1] for x in maps], config.critics.head_width, seed + 11 + place).to(backbone.device)
+            critics[role] = Learner(backbone, role, heads, config.critics.learning_rate, (0.0, 0.999), training.weight_decay)
+    student = Learner(backbone, STUDENT, None, config.student.learning_rate, (0.9, 0.999), training.weight_decay)
+    return Players(config, backbone, schedule, grid, student, critics)
+
+
+def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> bool:
+    """Trains a run's student from its newest checkpoint to its last iteration.
+
+    Returns:
+        Whether it was finished; False when the user stopped it (Ctrl-C), after a checkpoint was written.
+
+    Raises:
+        NonFinite: a loss or gradient stopped being a number.
+        UserError: the newest checkpoint is damaged, or the disk is full.
+    """
+    config = run.config
+    training = config.training
+    players = make_players(config, backbone, store, schedule)
+    average = {name: p.detach().clone() for name, p in players.student.parameters.items()}
+    learners = {STUDENT: players.student, **players.critics}
+
+    first, state = run.load_checkpoint()
+    if state:
+        for role, learner in learners.items():
+            learner.load_state(under_prefix(role, state))
+        stored = under_prefix("average", state)
+        average = {name: stored[name].to(backbone.device) for name in average}
+    run.forget_metrics_from(first)
+
+    def save(step: int) -> None:
+        parts = [with_prefix(role, learner.state()) for role, learner in learners.items()]
+        run.save_checkpoint(
+            step, {name: value for part in (*parts, with_prefix("average", average)) for name, value in part.items()}
+        )
+
+    started = time.monotonic()
+    with (
+        _stop_on_interrupt() as stopped,
+        track(range(first, training.iterations), "training", total=training.iterations, initial=first) as bar,
+    ):
+        for iteration in bar:
+            batch = draw_batch(store, training.batch_size, training.seed, iteration, backbone.device)
+            critics = players.critics if critics_play(config, iteration) else {}
+            renoising = {
+                role: Renoising.draw(players.grid, batch.coarse[:, 0].shape, _generator(training.seed, role, iteration))
+                for role in critics
+            }
+            factor = rate_factor(config, iteration)
+            record: dict[str, float | str] = {"iteration": iteration}
+            if is_critic_turn(config, iteration):
+                losses = critic_turn(players, batch, renoising)
+                norms = {
+                    f"{_KIND[role]}_gradient": learner.clip(iteration, losses[f"{_KIND[role]}_critic"], training.gradient_clip)
+                    for role, learner in critics.items()
+                }
+                for learner in critics.values():  # only once all of them are known to be finite
+                    learner.step(factor)
+                losses |= norms
+            else:
+                losses = student_turn(players, batch, renoising)
+                losses["gradient"] = players.student.clip(iteration, sum(losses.values()), training.gradient_clip)
+                players.student.step(factor)
+                decay = min(config.student.ema, (1 + iteration) / (10 + iteration))
+                weights = [p.detach() for p in players.student.parameters.values()]
+                get_ema_multi_avg_fn(decay)(list(average.values()), weights, 0)
+            run.log(record | losses | {"rate": factor, "seconds": round(time.monotonic() - started, 3)})
+            stop = stopped()
+            if (iteration + 1) % training.checkpoint_every == 0 or iteration + 1 == training.iterations or stop:
+                save(iteration + 1)
+            if stop and iteration + 1 < training.iterations:
+                return False
+    return True
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C (or termination) into a request to stop after this iteration; the second one quits."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,274 @@
+"""The teacher's sampling trajectories: rolled out once, stored, read back while training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rapm.errors import UserError
+from rapm.files import save_tensors, sha256, write_json
+from rapm.objective import Conditioning, Denoiser
+from rapm.progress import track
+from rapm.schedule import Grid, Schedule
+
+MANIFEST = "manifest.json"
+
+
+def guided(denoiser: Denoiser, unconditional: Conditioning, guidance_scale: float) -> Denoiser:
+    """Classifier-free guidance: uncond + scale (cond - uncond), both in one pass; scale 1 asks for no second half.
+
+    ``unconditional`` is one prompt, [1, ...] each.
+    """
+    if guidance_scale == 1:
+        return denoiser
+
+    def both(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        merged = {k: torch.cat([unconditional[k].to(v).expand_as(v), v]) for k, v in conditioning.items()}
+        without, with_ = denoiser(torch.cat([z, z]), torch.cat([t, t]), merged).chunk(2)
+        return without + guidance_scale * (with_ - without)
+
+    return both
+
+
+@torch.no_grad()
+def rollout(denoiser: Denoiser, schedule: Schedule, grid: Grid, z: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+    """The teacher's trajectory from noise to the end, N M fine DDIM steps.
+
+    Args:
+        denoiser: the teacher, guided.
+        z: noise z~_N, float32 [B, C, H, W].
+        conditioning: of the B prompts.
+
+    Returns:
+        coarse positions z~_n, float32 [B, N + 1, C, H, W], indexed by n, and nudged positions, float32 [B, N, C, H, W], indexed
+        by the slot they start.
+    """
+    fine = grid.fine
+    coarse: list[Tensor] = [z] * (grid.slots + 1)
+    nudged: list[Tensor] = [z] * grid.slots
+    for k, (t, s) in enumerate(pairwise(fine), start=1):
+        z = schedule.step(z, denoiser(z, torch.full((len(z),), t), conditioning), t, s)
+        slots_done, within = divmod(k, grid.fine_steps)
+        if within == 0:
+            coarse[grid.slots - slots_done] = z
+        if (k - grid.delta) % grid.fine_steps == 0 and k >= grid.delta:
+            nudged[grid.slots - 1 - (k - grid.delta) // grid.fine_steps] = z
+    return torch.stack(coarse, 1), torch.stack(nudged, 1)
+
+
+def picture_noise(seed: int, shape: Sequence[int]) -> Tensor:
+    """The noise picture ``seed`` starts from; no trajectory of any seed starts from the same."""
+    return noise(seed, -1, shape)
+
+
+def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
+    """The noise trajectory ``index`` of ``seed`` starts from, float32; drawn on the CPU, alone, so that no batch matters."""
+    digest = hashlib.sha256(f"rapm noise {seed} {index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(*shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One stored trajectory; positions float32 on the CPU.
+
+    Attributes:
+        coarse: z~_n, [N + 1, C, H, W], indexed by n.
+        nudged: [N, C, H, W], indexed by the slot they start.
+        conditioning: of its prompt, without a batch axis.
+        prompt: its text.
+        index: k; its noise is ``noise(seed, k)``.
+    """
+
+    coarse: Tensor
+    nudged: Tensor
+    conditioning: Conditioning
+    prompt: str
+    index: int
+
+
+class TrajectoryStore:
+    """A folder of trajectories: shards, prompts, and a manifest that comes last. Open it with :meth:`open`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.shard_size: int = manifest["shard_size"]
+        self._shards: dict[int, Any] = {}
+        self._prompts: list[str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "prompts.safetensors", "pt") as file:
+            self._conditioning = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    @classmethod
+    def open(cls, folder: Path) -> TrajectoryStore:
+        """Opens a finished store and checks every file against the manifest.
+
+        Raises:
+            UserError: there is none, it is unfinished, or a file is missing or damaged.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"there is no finished trajectory store in {folder}; make one with 'rapm trajectories'")
+        for name, digest in manifest["files"].items():
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"trajectory store {folder} is damaged: {name} is missing; delete {MANIFEST}, "
+                    "then run 'rapm trajectories' again to fill the gap"
+                )
+            if sha256(folder / name) != digest:
+                raise UserError(
+                    f"trajectory store {folder} is damaged: {name} is not what was written; delete that file and "
+                    f"{MANIFEST}, then run 'rapm trajectories' again to fill the gap"
+                )
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    def __getitem__(self, index: int) -> Trajectory:
+        if not 0 <= index < len(self):
+            raise IndexError(f"trajectory {index} of {len(self)}")
+        shard, row = divmod(index, self.shard_size)
+        if shard not in self._shards:
+            self._shards[shard] = safe_open(self.folder / shard_name(shard), "pt")
+        file = self._shards[shard]
+        prompt = index % len(self._prompts)
+        return Trajectory(
+            coarse=file.get_slice("coarse")[row],
+            nudged=file.get_slice("nudged")[row],
+            conditioning={key: value[prompt] for key, value in self._conditioning.items()},
+            prompt=self._prompts[prompt],
+            index=index,
+        )
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished store, or None.
+
+    Raises:
+        UserError: it is there and cannot be read.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        manifest = None
+    if not isinstance(manifest, dict) or not {"files", "fingerprint", "facts", "shard_size", "count"} <= manifest.keys():
+        raise UserError(f"{file} is damaged; delete it and run 'rapm trajectories' again: finished shards are kept")
+    return manifest
+
+
+def check_facts(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether there is a finished store; ``facts`` may be some of those it was made from.
+
+    Raises:
+        UserError: it was made from other facts.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    changed = [name for name in facts if manifest["facts"].get(name) != facts[name]]
+    if changed:
+        raise UserError(
+            f"{folder} holds trajectories made with another {', '.join(changed)}; choose another folder or delete it"
+        )
+    return True
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def make_store(
+    folder: Path,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    grid: Grid,
+    *,
+    prompts: Sequence[str],
+    conditioning: Conditioning,
+    shape: Sequence[int],
+    count: int,
+    seed: int,
+    batch_size: int,
+    shard_size: int,
+    facts: dict[str, Any],
+    device: str,
+) -> TrajectoryStore:
+    """Rolls trajectories out and stores them; goes on where an earlier call was stopped before the manifest was written.
+
+    Args:
+        folder: the store's; made when it is not there.
+        denoiser: the teacher, guided.
+        prompts: trajectory k has prompt k modulo their number.
+        conditioning: of the prompts, [n, ...].
+        shape: of a latent, (C, H, W).
+        batch_size: trajectories side by side.
+        shard_size: trajectories a file.
+        facts: everything the trajectories depend on, as JSON; two stores with equal facts hold the same trajectories.
+
+    Raises:
+        UserError: the folder holds trajectories made from other facts.
+    """
+    mark = fingerprint(facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, count, shard_size)
+    done = [_finished_shard(folder / shard_name(shard), mark) for shard in range(len(starts))]
+    with track(range(count), "trajectories", initial=sum(shard_size for d in done if d)) as bar:
+        for shard, start in enumerate(starts):
+            if done[shard]:
+                continue
+            rows = range(start, min(start + shard_size, count))
+            pieces = []
+            for first in range(rows.start, rows.stop, batch_size):
+                batch = range(first, min(first + batch_size, rows.stop))
+                z = torch.stack([noise(seed, k, shape) for k in batch]).to(device)
+                own = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
+                pieces.append(rollout(denoiser, schedule, grid, z, own))
+                bar.update(len(batch))
+            coarse, nudged = (torch.cat(parts).cpu() for parts in zip(*pieces, strict=True))
+            save_tensors(folder / shard_name(shard), {"coarse": coarse, "nudged": nudged}, {"fingerprint": mark})
+    write_json(folder / "prompts.json", list(prompts))
+    save_tensors(folder / "prompts.safetensors", conditioning, {"fingerprint": mark})
+    names = [*(shard_name(shard) for shard in range(len(starts))), "prompts.json", "prompts.safetensors"]
+    manifest = {
+        "fingerprint": mark,
+        "facts": facts,
+        "count": count,
+        "shard_size": shard_size,
+        "files": {name: sha256(folder / name) for name in names},
+    }
+    write_json(folder / MANIFEST, manifest)
+    return TrajectoryStore(folder, manifest)
+
+
+def _finished_shard(file: Path, mark: str) -> bool:
+    """Whether a shard of an unfinished store is whole.
+
+    Raises:
+        UserError: it belongs to other facts.
+    """
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as shard:
+            found = (shard.metadata() or {}).get("fingerprint")
+    except SafetensorError:
+        return False
+    if found != mark:
+        raise UserError(f"{file.parent} holds trajectories made with other settings; choose another folder or delete it")
+    return True

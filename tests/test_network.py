@@ -1,0 +1,281 @@
+"""One network, four roles: what FIELD calls traps 1 to 4, and the taps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from conftest import make_unet
+from peft import LoraConfig
+from torch import Tensor
+
+from rapm.config import Config
+from rapm.critic import Heads
+from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS, unet_taps
+from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
+from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, shown_to_critic, student_step
+from rapm.schedule import Grid
+from rapm.train import Batch, Learner, Players, critic_turn, student_turn
+
+ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
+GRID = Grid(slots=3, fine_steps=4)
+
+
+def backbone(checkpointing: bool = False) -> Backbone:
+    network = make_unet()
+    return Backbone(network, FAMILY.call, UNET_LORA_TARGETS, unet_taps(network), gradient_checkpointing=checkpointing)
+
+
+def shake(parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Fresh LoRA is the identity, which would hide mistakes: fill it with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters.values():
+        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(batch, 4, 8, 8, generator=generator)
+    return z, torch.full((batch,), 500), {"prompt_embeds": torch.randn(batch, 6, 16, generator=generator)}
+
+
+def stored_batch(size: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(6)
+    coarse = torch.randn(size, GRID.slots + 1, 4, 8, 8, generator=generator)
+    nudged = torch.randn(size, GRID.slots, 4, 8, 8, generator=generator)
+    return Batch(coarse, nudged, {"prompt_embeds": torch.randn(size, 6, 16, generator=generator)})
+
+
+def make_players(schedule, checkpointing: bool = False, slot_batch: int = 1, **weights) -> Players:
+    config = Config.model_validate(
+        {
+            "trajectories": {"slots": GRID.slots, "fine_steps": GRID.fine_steps},
+            "critics": {"adversarial_weight": 0.3},
+            "training": {"slot_batch": slot_batch, **weights},
+        }
+    )
+    body = backbone(checkpointing)
+    learners = {}
+    for k, role in enumerate(ROLES):
+        body.add_role(role, 3, UNET_LORA_TARGETS, k)
+        shake(body.parameters(role), k)
+    for k, role in enumerate(ROLES):
+        heads = None if role == STUDENT else Heads([16, 32, 32], 8, k)
+        learners[role] = Learner(body, role, heads, 1e-3, (0.0, 0.99), 0.0)
+    critics = {role: learners[role] for role in ROLES[1:]}
+    return Players(config, body, schedule, GRID, learners[STUDENT], critics)
+
+
+def draws() -> dict[str, Renoising]:
+    return {role: Renoising.draw(GRID, (1, 4, 8, 8), torch.Generator().manual_seed(k)) for k, role in enumerate(ROLES[1:])}
+
+
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learner.parameters.items()}
+
+
+def single_copies(players: Players) -> dict[str, Backbone]:
+    """One whole copy of the network for each role, its adapter added by diffusers' own plain means."""
+    copies = {}
+    for role in ROLES:
+        network = make_unet()
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=list(UNET_LORA_TARGETS)), adapter_name=role)
+        alone = Backbone(network, FAMILY.call, UNET_LORA_TARGETS, unet_taps(network))
+        alone._role = role  # always in this role: nothing is ever switched
+        for name, p in alone.parameters(role).items():
+            p.requires_grad_(True)
+            p.data = players.backbone.parameters(role)[name].data.clone()
+        copies[role] = alone
+    return copies
+
+
+def test_teacher_is_bit_equal_to_the_untouched_network() -> None:
+    z, t, conditioning = inputs()
+    untouched = make_unet()
+    with torch.no_grad():
+        expected = untouched(z, t, conditioning["prompt_embeds"]).sample
+    body = backbone()
+    for k, role in enumerate(ROLES):
+        body.add_role(role, 4, UNET_LORA_TARGETS, k)
+        shake(body.parameters(role), k)
+    with body.role(TEACHER), torch.no_grad():
+        assert torch.equal(body(z, t, conditioning), expected)
+
+
+def test_a_fresh_role_changes_nothing_and_a_trained_one_does() -> None:
+    z, t, conditioning = inputs()
+    body = backbone()
+    body.add_role(STUDENT, 4, UNET_LORA_TARGETS, 0)
+    with torch.no_grad():
+        with body.role(TEACHER):
+            teacher = body(z, t, conditioning)
+        with body.role(STUDENT):
+            assert torch.equal(body(z, t, conditioning), teacher)
+            shake(body.parameters(STUDENT), 1)
+            assert (body(z, t, conditioning) - teacher).abs().max() > 1e-2
+
+
+def test_scale_is_one_and_every_target_gets_an_adapter() -> None:
+    body = backbone()
+    body.add_role(STUDENT, 1, UNET_LORA_TARGETS, 0)
+    assert {layer.scaling[STUDENT] for layer in body._layers} == {1.0}
+    names = [name for name, module in make_unet().named_modules() if name.endswith(UNET_LORA_TARGETS)]
+    assert len(body._layers) == len(names) > 40
+    assert len(body.parameters(STUDENT)) == 2 * len(names)
+    assert len(body.lora_state(STUDENT)) == 2 * len(names)
+
+
+def test_roles_do_not_nest_and_no_pass_without_a_role() -> None:
+    z, t, conditioning = inputs()
+    body = backbone()
+    body.add_role(STUDENT, 1, UNET_LORA_TARGETS, 0)
+    with pytest.raises(AssertionError, match="a graph belongs to one role"), body.role(STUDENT), body.role(TEACHER):
+        pass
+    with pytest.raises(AssertionError, match="outside of any role"):
+        body(z, t, conditioning)
+
+
+def test_a_role_can_be_given_other_weights() -> None:
+    z, t, conditioning = inputs()
+    body = backbone()
+    body.add_role(STUDENT, 2, UNET_LORA_TARGETS, 0)
+    body.load(STUDENT, {name: torch.full_like(p, 0.02) for name, p in body.parameters(STUDENT).items()})
+    assert all((p == 0.02).all() and p.requires_grad for p in body.parameters(STUDENT).values())
+    with torch.no_grad():
+        with body.role(TEACHER):
+            teacher = body(z, t, conditioning)
+        with body.role(STUDENT):
+            assert (body(z, t, conditioning) - teacher).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_the_blocks_own_outputs_and_stop_there(checkpointing: bool) -> None:
+    z, t, conditioning = inputs()
+    body = backbone(checkpointing)
+    expected, reached = [], []
+    plain = make_unet()
+    for path in unet_taps(plain):
+        plain.get_submodule(path).register_forward_hook(
+            lambda _, __, out: expected.append(out[0] if isinstance(out, tuple) else out)
+        )
+    plain(z, t, conditioning["prompt_embeds"])
+    body.network.up_blocks[0].register_forward_hook(lambda *_: reached.append(1))
+    with body.role(TEACHER):
+        found = body.features(z, t, conditioning)
+        assert [tuple(x.shape) for x in found] == [(2, 16, 4, 4), (2, 32, 4, 4), (2, 32, 4, 4)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not reached
+        body(z, t, conditioning)
+        assert reached
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("slot_batch", [1, 3])
+def test_student_gradients_equal_those_of_separate_copies(ddim_schedule, checkpointing: bool, slot_batch: int) -> None:
+    """Trap 1, and no gradient across slots: the reference detaches every start and sums over slots, on whole copies."""
+    players = make_players(ddim_schedule, checkpointing, slot_batch, relative_weight=[0.5, 1.0, 2.0], absolute_weight=0.7)
+    batch, renoising = stored_batch(), draws()
+    losses = student_turn(players, batch, renoising)
+
+    copies = single_copies(players)
+    expected = dict.fromkeys(losses, 0.0)
+    total = torch.zeros(())
+    z = batch.coarse[:, GRID.slots]
+    for n in reversed(range(GRID.slots)):
+        with torch.no_grad():
+            nudged = torch.tensor([GRID.nudged(n)]), torch.tensor([GRID.coarse(n)])
+            prediction = copies[STUDENT](batch.nudged[:, n], nudged[0], batch.conditioning)
+            relative = ddim_schedule.step(batch.nudged[:, n], prediction, *nudged)
+        z_phi = student_step(copies[STUDENT], ddim_schedule, GRID, [n], z, batch.conditioning)
+        for name, target, weight, role in (
+            ("relative", relative, (0.5, 1.0, 2.0)[n], RELATIVE_CRITIC),
+            ("absolute", batch.coarse[:, n], 0.7, ABSOLUTE_CRITIC),
+        ):
+            t, _, noise = renoising[role].of([n], z.device)
+            shown = shown_to_critic(ddim_schedule, GRID, [n], z_phi, t, noise)
+            logits = players.critics[role].heads(copies[role].features(shown, t, batch.conditioning))
+            distance, hinge = pseudo_huber(z_phi, target, 1e-3).mean(), hinge_student(logits).mean()
+            total = total + weight * (distance + 0.3 * hinge) / GRID.slots
+            expected[f"{name}_distance"] += distance.item() / GRID.slots
+            expected[f"{name}_adversarial"] += hinge.item() / GRID.slots
+        z = z_phi.detach()
+    own = copies[STUDENT].parameters(STUDENT)
+    reference = dict(zip(own, torch.autograd.grad(total, list(own.values())), strict=True))
+
+    for name, gradient in gradients(players.student).items():
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-4, atol=1e-6)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for role in ROLES[1:]:
+        assert all(p.grad is None for p in players.critics[role].parameters.values()), f"{role} learns in the student's turn"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("slot_batch", [1, 2])
+def test_critic_gradients_equal_those_of_separate_copies(ddim_schedule, checkpointing: bool, slot_batch: int) -> None:
+    players = make_players(ddim_schedule, checkpointing, slot_batch)
+    batch, renoising = stored_batch(), draws()
+    critic_turn(players, batch, renoising)
+
+    copies = single_copies(players)
+    totals = dict.fromkeys(ROLES[1:], torch.zeros(()))
+    heads = {role: copy.deepcopy(players.critics[role].heads).requires_grad_() for role in ROLES[1:]}
+    for h in heads.values():
+        h.zero_grad()
+    z = batch.coarse[:, GRID.slots]
+    for n in reversed(range(GRID.slots)):
+        with torch.no_grad():
+            nudged = torch.tensor([GRID.nudged(n)]), torch.tensor([GRID.coarse(n)])
+            prediction = copies[STUDENT](batch.nudged[:, n], nudged[0], batch.conditioning)
+            relative = ddim_schedule.step(batch.nudged[:, n], prediction, *nudged)
+            z = student_step(copies[STUDENT], ddim_schedule, GRID, [n], z, batch.conditioning)
+        for role, real in ((RELATIVE_CRITIC, relative), (ABSOLUTE_CRITIC, batch.coarse[:, n])):
+            t, real_noise, fake_noise = renoising[role].of([n], z.device)
+            logits = [
+                heads[role](copies[role].features(shown_to_critic(ddim_schedule, GRID, [n], x, t, e), t, batch.conditioning))
+                for x, e in ((real, real_noise), (z, fake_noise))
+            ]
+            totals[role] = totals[role] + hinge_critic(*logits).mean() / GRID.slots
+    for role in ROLES[1:]:
+        own = dict(copies[role].parameters(role)) | {f"heads.{name}": p for name, p in heads[role].named_parameters()}
+        wanted = torch.autograd.grad(totals[role], list(own.values()), allow_unused=True)
+        found = gradients(players.critics[role])
+        for (name, p), gradient in zip(own.items(), wanted, strict=True):
+            expected = torch.zeros_like(p) if gradient is None else gradient
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in players.student.parameters.values()), "the student learns in the critics' turn"
+
+
+@pytest.mark.parametrize("turn", [student_turn, critic_turn])
+def test_slot_groups_change_nothing(ddim_schedule, turn) -> None:
+    found = []
+    for slot_batch in (1, 2, 3):
+        players = make_players(ddim_schedule, False, slot_batch)
+        losses = turn(players, stored_batch(2), {role: _draw_two(k) for k, role in enumerate(ROLES[1:])})
+        learners = [players.student, *players.critics.values()]
+        found.append((losses, [g for learner in learners for g in gradients(learner).values()]))
+    for losses, grads in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-4)
+        for a, b in zip(grads, found[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _draw_two(seed: int) -> Renoising:
+    return Renoising.draw(GRID, (2, 4, 8, 8), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("turn", [student_turn, critic_turn])
+def test_only_the_roles_own_parameters_move(ddim_schedule, turn) -> None:
+    players = make_players(ddim_schedule)
+    before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
+    turn(players, stored_batch(), draws())
+    movers = [players.student] if turn is student_turn else list(players.critics.values())
+    for learner in movers:
+        learner.step(1.0)
+    moved = {name for name, p in players.backbone.network.named_parameters() if not torch.equal(p, before[name])}
+    allowed = {name for learner in movers for name in players.backbone.parameters(learner.role)}
+    assert moved
+    assert moved <= allowed
+    assert len(moved) > 0.4 * len(allowed)

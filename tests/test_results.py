@@ -1,0 +1,134 @@
+"""From a trained run to files and pictures that other programs agree with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.network import STUDENT, TEACHER
+from rapm.run import Run
+from rapm.sample import open_studio, sheet
+from rapm.stages import distill_config, evaluate_run, export_run, read_prompts, sample_run
+from rapm.trajectories import picture_noise
+
+PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Run:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "prompts.txt").write_text("a red star on grass\n", encoding="utf-8")
+    config = Config.model_validate(
+        {
+            "teacher": str(tiny_teacher),
+            "device": "cpu",
+            "trajectories": {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0},
+            "student": {"rank": 4, "learning_rate": 0.02, "ema": 0.5},
+            "critics": {"rank": 1, "head_width": 8},
+            "training": {"iterations": 8, "warmup": 0, "gradient_checkpointing": False},
+        }
+    )
+    run = distill_config(config, folder / "run")
+    assert run is not None
+    return run
+
+
+def test_the_exported_lora_gives_the_same_latents_in_diffusers(finished: Run, tiny_teacher: Path) -> None:
+    studio = open_studio(finished)
+    own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
+    z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
+
+    def draw() -> torch.Tensor:
+        return pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=z, output_type="latent").images
+
+    before = draw()
+    pipeline.load_lora_weights(str(finished.export))
+    pipeline.scheduler = DDIMScheduler.from_pretrained(finished.export, subfolder="scheduler")
+    assert (draw() - own).abs().max() < 1e-3
+    assert (before - own).abs().max() > 1e-2  # the LoRA does something
+
+
+def test_the_file_carries_its_alpha_and_scale(finished: Run) -> None:
+    with safe_open(finished.export / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
+    assert metadata["unet.r"] == metadata["unet.lora_alpha"] == 4
+
+
+def test_export_is_the_average_and_can_be_repeated(finished: Run) -> None:
+    def tensors() -> dict[str, torch.Tensor]:
+        with safe_open(finished.export / "pytorch_lora_weights.safetensors", "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    first = tensors()
+    export_run(finished)
+    again = tensors()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    _, state = finished.load_checkpoint()
+    key = next(iter(first))
+    module = key.removeprefix("unet.").removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+    half = "lora_A" if "lora_A" in key else "lora_B"
+    assert torch.equal(first[key], state[f"average.{module}.{half}.student.weight"])
+    assert not torch.equal(first[key], state[f"student.weights.{module}.{half}.student.weight"])
+
+
+def test_few_step_teacher_equals_the_pipeline(finished: Run, tiny_teacher: Path) -> None:
+    studio = open_studio(finished)
+    own = studio.latents(TEACHER, PROMPTS, [3, 4], num_steps=5)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
+    z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
+    expected = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=2.0, latents=z, output_type="latent").images
+    assert (own - expected).abs().max() < 1e-4
+
+
+def test_a_picture_does_not_depend_on_its_batch(finished: Run) -> None:
+    studio = open_studio(finished)
+    together = studio.images(STUDENT, PROMPTS * 3, range(6), 4, batch_size=6)
+    for k in (0, 5):
+        alone = studio.images(STUDENT, [(PROMPTS * 3)[k]], [k], 4)
+        torch.testing.assert_close(together[k : k + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_sheet_has_the_size_it_should(tmp_path: Path) -> None:
+    images = torch.zeros(3, 3, 64, 64)
+    sheet([("one", images), ("two", images[:2])], tmp_path / "sheet.png", min_side=128)
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.size == (3 * 132 + 4, 2 * (128 + 4 + 22) + 4)
+        assert picture.getpixel((10, 60)) == (128, 128, 128)
+
+
+def test_sample_writes_three_rows(finished: Run, tmp_path: Path) -> None:
+    file = sample_run(finished, prompts=PROMPTS, count=2, many_steps=6, file=tmp_path / "a.png")
+    with Image.open(file) as picture:
+        assert picture.size == (2 * (128 + 4) + 4, 3 * (128 + 4 + 22) + 4)
+    assert sample_run(finished, count=1, many_steps=2) == finished.samples / "seed-0-steps-4.png"
+
+
+def test_a_finished_run_is_skipped_stage_by_stage(finished: Run) -> None:
+    files = [*finished.trajectories.iterdir(), *finished.checkpoints.iterdir()]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert distill_config(finished.config, finished.folder) is not None
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_only_the_toy_world_is_scored(finished: Run) -> None:
+    with pytest.raises(UserError, match="only the toy teacher has an oracle"):
+        evaluate_run(finished)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "holds no prompts"), (b"\n \n", "holds no prompts"), (b"\xff\xfe\x00", "is not a text")]
+)
+def test_bad_prompt_files(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / "prompts.txt")

@@ -1,0 +1,204 @@
+"""The run's folder: when it may be gone on with, and what survives kills and full disks."""
+
+import pytest
+import torch
+
+from rapm import config as configuration
+from rapm import files
+from rapm.config import load
+from rapm.errors import UserError
+from rapm.run import Run
+
+BASE = ["training.keep_checkpoints=2", "training.iterations=500", "student.rank=16", "training.warmup=20"]
+KEEP_TWO = load(settings=BASE)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.open(tmp_path / "run", KEEP_TWO)
+
+
+def weights(step):
+    return {"a": torch.full((3,), float(step)), "b.c": torch.arange(4).reshape(2, 2) + step}
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def refused(call, *arguments):
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_open_creates_the_folder_with_its_settings(tmp_path):
+    run = Run.open(tmp_path / "deep" / "run", KEEP_TWO)
+    assert names(run.folder) == ["config.toml"]
+    assert configuration.read(run.folder / "config.toml") == KEEP_TWO
+    assert Run.existing(run.folder).config == KEEP_TWO
+
+
+def test_the_same_settings_go_on_with_it(run):
+    run.log({"iteration": 0})
+    assert Run.open(run.folder, KEEP_TWO).read_metrics() == [{"iteration": 0}]
+
+
+def test_other_settings_are_refused_with_both_values(run):
+    run.save_checkpoint(1, weights(1))
+    other = load(settings=[*BASE, "training.iterations=10", "student.rank=2"])
+    assert refused(Run.open, run.folder, other) == (
+        f"{run.folder} holds a run with other settings (student.rank: 16 -> 2; training.iterations: 500 -> 10); "
+        "give the same settings to go on with it, or another --out"
+    )
+    assert Run.existing(run.folder).config == KEEP_TWO
+
+
+def test_a_long_list_of_other_settings_is_cut(run):
+    run.save_checkpoint(1, weights(1))
+    changes = ("seed=2", "huber_c=1.0", "decay=0.0", "warmup=3", "gradient_clip=2.0")
+    other = load(settings=[*BASE, *(f"training.{change}" for change in changes)])
+    line = refused(Run.open, run.folder, other)
+    assert line.count("training.") == 4
+    assert "training.warmup: 20 -> 3" in line
+    assert " ...); " in line
+
+
+def test_until_there_is_a_checkpoint_settings_may_change(run):
+    """A typo that only training finds must not cost the rollout: the store guards itself."""
+    other = load(settings=[*BASE, "student.rank=2"])
+    assert Run.open(run.folder, other).config == other
+    assert Run.existing(run.folder).config == other
+
+
+def test_settings_edited_behind_a_checkpoints_back_are_refused(run):
+    run.save_checkpoint(1, weights(1))
+    file = run.folder / "config.toml"
+    file.write_text(file.read_text().replace("rank = 16", "rank = 3"))
+    assert "student.rank: 16 -> 3" in refused(Run.existing(run.folder).load_checkpoint)
+
+
+def test_one_process_at_a_time(run):
+    with run.locked():
+        expected = f"another process is working on {run.folder}; wait for it or choose another --out"
+        assert refused(Run(run.folder, run.config).locked().__enter__) == expected
+    with run.locked():
+        pass
+
+
+def test_a_changed_free_setting_is_taken_over(run):
+    free = load(settings=[*BASE, "training.keep_checkpoints=7", "training.checkpoint_every=9"])
+    assert Run.open(run.folder, free).config == free
+    assert Run.existing(run.folder).config == free
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    expected = f"{tmp_path} is not empty and holds no run (no config.toml); choose another --out"
+    assert refused(Run.open, tmp_path, KEEP_TWO) == expected
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    assert "holds no run" in refused(Run.open, tmp_path / "run", KEEP_TWO)
+
+
+def test_an_empty_folder_is_welcome(tmp_path):
+    assert Run.open(tmp_path, KEEP_TWO).config == KEEP_TWO
+
+
+def test_existing_needs_a_run(tmp_path):
+    assert refused(Run.existing, tmp_path) == f"{tmp_path} holds no run (no config.toml in it)"
+
+
+def test_damaged_settings_are_told(run):
+    (run.folder / "config.toml").write_text("teacher = ")
+    assert refused(Run.existing, run.folder).startswith(f"{run.folder / 'config.toml'} is not a TOML file: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_no_checkpoint_yet(run):
+    assert run.load_checkpoint() == (0, {})
+
+
+def test_the_newest_checkpoint_wins_and_the_oldest_goes(run):
+    for step in (9, 10, 100):  # by number, not by name or by date
+        run.save_checkpoint(step, weights(step))
+    assert run.checkpoint_steps() == [10, 100]
+    assert names(run.checkpoints) == ["step-00000010.safetensors", "step-00000100.safetensors"]
+    step, tensors = run.load_checkpoint()
+    assert step == 100
+    torch.testing.assert_close(tensors, weights(100), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("left", [0, 5, 60, -1], ids=["empty", "no header", "half a header", "last byte gone"])
+def test_a_truncated_checkpoint_is_told_and_the_one_before_serves(run, left):
+    run.save_checkpoint(10, weights(10))
+    run.save_checkpoint(20, weights(20))
+    file = run.checkpoints / "step-00000020.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    line = refused(run.load_checkpoint)
+    assert line.startswith(f"{file} is damaged (")
+    assert line.endswith("); delete it to go on from the one before")
+    file.unlink()
+    assert run.load_checkpoint()[0] == 10
+
+
+def test_a_full_disk_costs_only_the_checkpoint_being_written(run, monkeypatch):
+    run.save_checkpoint(10, weights(10))
+    run.save_checkpoint(20, weights(20))
+
+    def disk_full(tensors, file, metadata):
+        file.write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", disk_full)
+        assert refused(run.save_checkpoint, 30, weights(30)) == (
+            "checkpoint 30 could not be written ([Errno 28] No space left on device); "
+            "earlier checkpoints are whole: make room and run again"
+        )
+    assert names(run.checkpoints) == ["step-00000010.safetensors", "step-00000020.safetensors"]
+    step, tensors = run.load_checkpoint()
+    assert step == 20
+    torch.testing.assert_close(tensors, weights(20), rtol=0, atol=0)
+    run.save_checkpoint(30, weights(30))
+    assert run.checkpoint_steps() == [20, 30]
+
+
+# -------------------------------------------------------------------------------------------------------------------- metrics
+
+RECORDS = [{"iteration": i, "loss": 0.1 * i, "who": "student"} for i in range(4)]
+
+
+def test_metrics_are_read_as_logged(run):
+    assert run.read_metrics() == []
+    for record in RECORDS:
+        run.log(record)
+    assert run.read_metrics() == RECORDS
+
+
+def test_metrics_about_to_be_computed_again_are_forgotten(run):
+    for record in RECORDS:
+        run.log(record)
+    run.forget_metrics_from(2)
+    assert run.read_metrics() == RECORDS[:2]
+    run.forget_metrics_from(0)
+    assert run.read_metrics() == []
+
+
+def test_a_cut_last_line_is_passed_over_and_does_not_spoil_the_next(run):
+    for record in RECORDS:
+        run.log(record)
+    run.metrics.write_text(run.metrics.read_text()[:-9])
+    assert run.read_metrics() == RECORDS[:3]
+    run.forget_metrics_from(3)
+    run.log(RECORDS[3])
+    assert run.read_metrics() == RECORDS

@@ -1,0 +1,173 @@
+"""The loop: exact resume, what moves when, stops that lose nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rapm import config as configuration
+from rapm.config import Config
+from rapm.errors import NonFinite, UserError
+from rapm.run import Run
+from rapm.stages import make_trajectories, train_run
+from rapm.train import critics_play, draw_batch, is_critic_turn, rate_factor
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
+
+
+def trained(config: Config, folder: Path) -> Run:
+    run = Run.open(folder, config)
+    make_trajectories(run)
+    assert train_run(run)
+    return run
+
+
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(tiny_config: Config, tmp_path: Path) -> None:
+    whole = trained(tiny_config, tmp_path / "whole")
+    assert whole.checkpoint_steps() == [4, 8, 10]
+    for step in (4, 8):
+        stopped = tmp_path / f"stopped-{step}"
+        shutil.copytree(whole.folder, stopped)
+        for later in (s for s in (8, 10) if s > step):
+            (stopped / "checkpoints" / f"step-{later:08d}.safetensors").unlink()
+        run = Run.open(stopped, tiny_config)
+        assert run.checkpoint_steps()[-1] == step
+        assert train_run(run)
+        for later in (8, 10):
+            name = f"step-{later:08d}.safetensors"
+            assert (run.checkpoints / name).read_bytes() == (whole.checkpoints / name).read_bytes()
+        strip = [{k: v for k, v in record.items() if k != "seconds"} for record in run.read_metrics()]
+        assert strip == [{k: v for k, v in record.items() if k != "seconds"} for record in whole.read_metrics()]
+
+
+def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:
+    records = trained(tiny_config, tmp_path / "run").read_metrics()
+    assert [record["iteration"] for record in records] == list(range(10))
+    for record in records:
+        kind = "critic" if record["iteration"] % 2 == 0 else "adversarial"
+        assert {f"relative_{kind}", f"absolute_{kind}"} <= record.keys()
+    assert 1.5 < records[0]["relative_critic"] < 2.5  # a fresh critic stands near chance, 2
+
+
+def test_no_adversary_is_a_weight_and_every_turn_is_the_students(tiny_config: Config, tmp_path: Path) -> None:
+    config = changed(tiny_config, critics={"adversarial_weight": 0.0})
+    run = trained(config, tmp_path / "run")
+    assert all("gradient" in record and "relative_critic" not in record for record in run.read_metrics())
+    _, state = run.load_checkpoint()
+    assert not any("critic" in name for name in state)
+
+
+@pytest.mark.parametrize(("kept", "gone"), [("relative", "absolute"), ("absolute", "relative")])
+def test_one_loss_alone_is_a_weight(tiny_config: Config, tmp_path: Path, kept: str, gone: str) -> None:
+    run = trained(changed(tiny_config, training={f"{gone}_weight": 0.0}), tmp_path / "run")
+    names = {name for record in run.read_metrics() for name in record}
+    assert f"{kept}_distance" in names
+    assert f"{kept}_critic" in names
+    assert not any(name.startswith(gone) for name in names)
+
+
+def test_another_seed_is_another_run(tiny_config: Config, tmp_path: Path) -> None:
+    a = trained(tiny_config, tmp_path / "a").read_metrics()
+    b = trained(changed(tiny_config, training={"seed": 1}), tmp_path / "b").read_metrics()
+    assert a[1]["absolute_distance"] != b[1]["absolute_distance"]
+
+
+def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
+    """One trajectory, distances alone: the student comes closer to the teacher's positions than the teacher's own big steps."""
+    config = changed(
+        tiny_config,
+        trajectories={"count": 1},
+        critics={"adversarial_weight": 0.0},
+        training={"iterations": 60, "checkpoint_every": 60},
+        student={"learning_rate": 3e-3, "rank": 8},
+    )
+    distances = [record["absolute_distance"] for record in trained(config, tmp_path / "run").read_metrics()]
+    assert distances[-1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize(("role", "weight"), [("student", 0.0), ("relative_critic", 0.1)])
+def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(
+    tiny_config: Config, tmp_path: Path, role: str, weight: float
+) -> None:
+    """A student thrown far away by an absurd rate: whoever meets it first says so."""
+    config = changed(
+        tiny_config,
+        training={"iterations": 40, "checkpoint_every": 1, "warmup": 0},
+        student={"learning_rate": 1e30},
+        critics={"adversarial_weight": weight},
+    )
+    run = Run.open(tmp_path / "run", config)
+    make_trajectories(run)
+    with pytest.raises(NonFinite, match=rf"the {role}'s loss .* is not finite at iteration \d+; nothing was updated") as error:
+        train_run(run)
+    assert "\n" not in str(error.value)
+    step, state = run.load_checkpoint()
+    assert step == len(run.read_metrics()) > 0
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_another_teachers_trajectories_are_refused(tiny_config: Config, tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    run = Run.open(tmp_path / "run", tiny_config.model_copy(update={"teacher": str(teacher)}))
+    make_trajectories(run)
+    file = teacher / "unet" / "config.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(UserError, match="another teacher's trajectories"):
+        train_run(run)
+
+
+def test_each_epoch_visits_every_trajectory_once(tiny_config: Config, tmp_path: Path) -> None:
+    store = make_trajectories(Run.open(tmp_path / "run", tiny_config))
+    first = [draw_batch(store, 1, 3, k, torch.device("cpu")).coarse for k in range(12)]
+    for epoch in (first[:6], first[6:]):
+        for k in range(6):
+            assert sum(torch.equal(row[0], store[k].coarse) for row in epoch) == 1
+    pairs = [draw_batch(store, 2, 3, k, torch.device("cpu")).coarse for k in range(6)]
+    assert torch.equal(torch.cat(pairs), torch.cat(first))
+
+
+def test_rates_and_turns() -> None:
+    config = Config.model_validate({"training": {"iterations": 100, "warmup": 10, "decay": 0.5}})
+    factors = [rate_factor(config, k) for k in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:51] == [1.0] * 42
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.02)
+    late = changed(config, critics={"start": 0.3, "every": 3})
+    assert [k for k in range(100) if is_critic_turn(late, k)] == list(range(30, 100, 3))
+    odd = changed(config, critics={"start": 0.31, "every": 4})  # never a student's turn against critics that had none
+    assert [k for k in range(100) if critics_play(odd, k)] == list(range(32, 100))
+    assert is_critic_turn(odd, 32)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_config: Config, tmp_path: Path) -> None:
+    config = changed(tiny_config, training={"iterations": 400, "checkpoint_every": 1000})
+    file, out = tmp_path / "config.toml", tmp_path / "run"
+    file.write_text(configuration.dump(config), encoding="utf-8")
+    command = [sys.executable, "-c", "from rapm.cli import main; main()", "distill", "--config", str(file), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "metrics.jsonl").is_file():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "The same command goes on from there." in stdout
+    step = Run.existing(out).checkpoint_steps()[-1]
+    assert 0 < step < 400
+    assert len(Run.existing(out).read_metrics()) == step

@@ -1,0 +1,165 @@
+"""Rollouts against diffusers' own pipeline, and a store that survives whatever befalls it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.families import find_teacher
+from rapm.network import TEACHER, Backbone
+from rapm.run import Run
+from rapm.sample import open_studio
+from rapm.schedule import Grid
+from rapm.stages import make_trajectories
+from rapm.trajectories import TrajectoryStore, guided, noise, rollout
+
+PROMPT = "a red star and a blue ring on grass"
+
+
+@pytest.mark.parametrize(("slots", "fine_steps"), [(4, 5), (2, 25), (1, 10), (8, 1)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("negative_prompt", ["", "a green cross on sand"])
+def test_rollout_ends_where_the_pipeline_ends(
+    tiny_teacher: Path, slots: int, fine_steps: int, guidance_scale: float, negative_prompt: str
+) -> None:
+    teacher = find_teacher(str(tiny_teacher))
+    pipeline = teacher.load_pipeline(torch.float32, "cpu")
+    z = torch.stack([noise(0, k, (4, 8, 8)) for k in range(2)])
+    expected = pipeline(
+        [PROMPT, "one white cross on brick"],
+        negative_prompt=[negative_prompt] * 2,
+        num_inference_steps=slots * fine_steps,
+        guidance_scale=guidance_scale,
+        latents=z,
+        output_type="latent",
+    ).images
+    backbone = Backbone(pipeline.unet, teacher.family.call, teacher.family.lora_targets)
+    conditioning = teacher.family.encode(pipeline, [PROMPT, "one white cross on brick"])
+    denoiser = guided(backbone, teacher.family.encode(pipeline, [negative_prompt]), guidance_scale)
+    with backbone.role(TEACHER):
+        coarse, nudged = rollout(denoiser, teacher.schedule, Grid(slots, fine_steps), z, conditioning)
+    assert coarse.shape == (2, slots + 1, 4, 8, 8)
+    assert nudged.shape == (2, slots, 4, 8, 8)
+    assert torch.equal(coarse[:, slots], z)
+    assert (coarse[:, 0] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("delta", [1, 3])
+def test_positions_are_those_of_the_fine_trajectory(ddim_schedule, delta: int) -> None:
+    """Every coarse and nudged position against a plain loop that keeps all fine positions."""
+    grid, z = Grid(3, 4, delta), torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def denoiser(z, t, conditioning):
+        return torch.sin(z) + t[:, None, None, None] / 1000
+
+    coarse, nudged = rollout(denoiser, ddim_schedule, grid, z, {})
+    fine = [z]
+    for t, s in pairwise(grid.fine):
+        fine.append(ddim_schedule.step(fine[-1], denoiser(fine[-1], torch.tensor([t]), {}), t, s))
+    for n in range(grid.slots + 1):
+        assert torch.equal(coarse[:, n], fine[(grid.slots - n) * 4])
+    for n in range(grid.slots):
+        assert torch.equal(nudged[:, n], fine[(grid.slots - n - 1) * 4 + delta])
+
+
+def with_batch(config: Config, size: int) -> Config:
+    return config.model_copy(update={"trajectories": config.trajectories.model_copy(update={"batch_size": size})})
+
+
+def test_a_trajectory_is_the_same_whatever_the_batch(tiny_config: Config, tmp_path: Path) -> None:
+    """Kernels may pick another order of summation for another batch: within 1e-4, as far as from diffusers' own."""
+    alone = make_trajectories(Run.open(tmp_path / "a", with_batch(tiny_config, 1)))
+    together = make_trajectories(Run.open(tmp_path / "b", with_batch(tiny_config, 4)))
+    for k in range(len(alone)):
+        assert torch.equal(alone[k].coarse[-1], together[k].coarse[-1])
+        torch.testing.assert_close(alone[k].coarse, together[k].coarse, rtol=0, atol=1e-4)
+        torch.testing.assert_close(alone[k].nudged, together[k].nudged, rtol=0, atol=1e-4)
+
+
+def test_a_store_gives_back_what_was_rolled_out(tiny_config: Config, tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", tiny_config)
+    store = make_trajectories(run)
+    assert len(store) == 6
+    prompts = ["a red star on grass", "a blue ring on sand", "one white cross on brick"]
+    assert [store[k].prompt for k in range(6)] == prompts * 2
+    studio = open_studio(run, student=False)
+    embeds = studio.family.encode(studio.pipeline, prompts)["prompt_embeds"]
+    for k in range(6):
+        assert torch.equal(store[k].coarse[3], noise(0, k, (4, 8, 8)))
+        assert torch.equal(store[k].conditioning["prompt_embeds"], embeds[k % 3])
+    with pytest.raises(IndexError):
+        store[6]
+
+
+def test_a_killed_rollout_goes_on_and_gives_the_same_files(tiny_config: Config, tmp_path: Path) -> None:
+    whole = make_trajectories(Run.open(tmp_path / "whole", tiny_config)).folder
+    run = Run.open(tmp_path / "killed", tiny_config)
+    killed = make_trajectories(run).folder
+    (killed / "manifest.json").unlink()
+    (killed / "shard-00001.safetensors").unlink()
+    (killed / ".shard-00001.safetensors.partial").write_bytes(b"half a file")
+    kept = (killed / "shard-00000.safetensors").stat().st_mtime_ns
+    make_trajectories(run)
+    assert (killed / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    for file in whole.iterdir():
+        assert (killed / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", tiny_config)
+    folder = make_trajectories(run).folder
+    shard = folder / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors is not what was written"):
+        TrajectoryStore.open(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors is missing"):
+        TrajectoryStore.open(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        make_trajectories(run)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no finished trajectory store"):
+        TrajectoryStore.open(folder)
+    assert len(make_trajectories(run)) == 6
+
+
+def test_a_foreign_store_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+    folder = make_trajectories(Run.open(tmp_path / "run", tiny_config)).folder
+    other = tiny_config.model_copy(update={"trajectories": tiny_config.trajectories.model_copy(update={"guidance_scale": 2.0})})
+    run = Run.open(tmp_path / "other", other)
+    folder.rename(run.trajectories)
+    with pytest.raises(UserError, match="made with another guidance_scale"):
+        make_trajectories(run)
+    (run.trajectories / "manifest.json").unlink()
+    with pytest.raises(UserError, match="made with other settings"):
+        make_trajectories(run)
+
+
+def test_facts_name_the_teacher_by_its_weights(tiny_config: Config, tiny_teacher: Path, tmp_path: Path) -> None:
+    store = make_trajectories(Run.open(tmp_path / "run", tiny_config))
+    teacher = find_teacher(str(tiny_teacher))
+    assert json.loads((store.folder / "manifest.json").read_text())["facts"]["teacher"] == teacher.fingerprint
+    assert replace(teacher, source="elsewhere").fingerprint == teacher.fingerprint
+
+
+def test_guidance_of_one_asks_once() -> None:
+    asked = []
+
+    def denoiser(z, t, conditioning):
+        asked.append(len(z))
+        return z
+
+    z, t = torch.ones(3, 1, 1, 1), torch.zeros(3, dtype=torch.long)
+    guided(denoiser, {}, 1.0)(z, t, {})
+    guided(denoiser, {"c": torch.zeros(1, 2)}, 2.0)(z, t, {"c": torch.ones(3, 2)})
+    assert asked == [3, 6]
