@@ -126,7 +126,7 @@ def test_another_teachers_trajectories_are_refused(tiny_config: Config, tiny_tea
     make_trajectories(run)
     file = teacher / "unet" / "config.json"
     file.write_text(file.read_text() + "\n")
-    with pytest.raises(UserError, match="another teacher's trajectories"):
+    with pytest.raises(UserError, match="made with another teacher; choose another folder or delete it"):
         train_run(run)
 
 

@@ -2,7 +2,7 @@
 
 For each of 1,000 captions that neither teacher nor student was trained on, one picture from one seed; for the first 200 a
 second picture from another seed, for diversity (to tune on: 300 and 100 validation captions). FID is to the teacher's 100-step
-pictures of the same captions from a third seed, so no model meets its own noise there. What takes the teacher 100 steps is
+pictures of the same captions from the second seeds, so no model meets its own noise there. What takes the teacher 100 steps is
 shipped (``python -m rapm.toy.score`` wrote it); a few of its pictures are drawn again and compared, so that a stale reference
 cannot go unseen.
 """
@@ -10,6 +10,7 @@ cannot go unseen.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ PAIRS: dict[Split, int] = {"test": 200, "validation": 100}  # captions with a se
 TIMED = 16
 CAPTION_SEED = 7
 REFERENCE_STEPS = 100
-SEEDS = {"first": 1_000_000, "second": 2_000_000, "reference": 3_000_000}  # image i has seed SEEDS[...] + i
+SEEDS = {"first": 1_000_000, "second": 2_000_000}  # picture i has seed SEEDS[...] + i
+_BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is kept of a set of pictures: features of the first and second seeds, verdicts, sharpness."""
+    """What is kept of a model's pictures: features of those from the first and from the second seeds, and of the first ones
+    whether they are right and how sharp they are."""
 
     first: Tensor
     second: Tensor
@@ -59,24 +62,52 @@ class Measured:
     sharp: Tensor
 
 
+Job = tuple[str, int]  # ("first" or "second", number of the first caption)
+Drawn = tuple[Tensor, Tensor, Tensor]  # features, right, sharp
+
+
 def reference_file(split: Split) -> Path:
     return ASSETS / f"reference-{split}.safetensors"
 
 
+def load_reference(split: Split) -> Measured:
+    """The teacher's 100-step pictures as numbers.
+
+    Raises:
+        UserError: the package has none of this split.
+    """
+    file = reference_file(split)
+    if not file.is_file():
+        raise UserError(f"there is no {file.name}; make it with 'python -m rapm.toy.score --split {split}'")
+    return Measured(**{name: value.float() for name, value in load_tensors(file).items()})
+
+
+def jobs(split: Split, pairs: int) -> list[Job]:
+    """The protocol's pictures in batches of 50: one for every caption, a second one for the first ``pairs``."""
+    return [("first", i) for i in range(0, CAPTIONS[split], _BATCH)] + [("second", i) for i in range(0, pairs, _BATCH)]
+
+
+def draw(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split, job: Job) -> Drawn:
+    """Draws and reads one batch."""
+    which, start = job
+    texts = captions(CAPTIONS[split], CAPTION_SEED, split)[start : start + _BATCH]
+    seeds = range(SEEDS[which] + start, SEEDS[which] + start + len(texts))
+    images = studio.images(role, texts, seeds, steps, _BATCH)
+    return oracle.features(images), oracle.is_right(images, texts), sharpness(images)
+
+
+def gather(done: Sequence[tuple[Job, Drawn]]) -> Measured:
+    """Puts batches together."""
+    first = [drawn for (which, _), drawn in done if which == "first"]
+    second = [drawn[0] for (which, _), drawn in done if which == "second"]
+    features, right, sharp = (torch.cat(parts) for parts in zip(*first, strict=True))
+    return Measured(features, torch.cat(second), right.float(), sharp)
+
+
 def measure(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split) -> Measured:
-    """Draws the protocol's pictures of a model and reads them, a batch at a time."""
-    texts = captions(CAPTIONS[split], CAPTION_SEED, split)
-    features: dict[str, list[Tensor]] = {"first": [], "second": []}
-    right, sharp = [], []
-    jobs = [("first", i) for i in range(0, CAPTIONS[split], 50)] + [("second", i) for i in range(0, PAIRS[split], 50)]
-    for which, start in track(jobs, f"{role} {steps}"):
-        rows = texts[start : start + 50]
-        images = studio.images(role, rows, range(SEEDS[which] + start, SEEDS[which] + start + len(rows)), steps, 25)
-        features[which].append(oracle.features(images))
-        if which == "first":
-            right.append(oracle.is_right(images, rows))
-            sharp.append(sharpness(images))
-    return Measured(torch.cat(features["first"]), torch.cat(features["second"]), torch.cat(right), torch.cat(sharp))
+    """Draws the protocol's pictures of a model and reads them."""
+    batches = track(jobs(split, PAIRS[split]), f"{role} {steps}")
+    return gather([(job, draw(studio, oracle, role, steps, split, job)) for job in batches])
 
 
 def _seconds_per_image(studio: Studio, role: str, steps: int, split: Split) -> tuple[float, Tensor]:
@@ -99,9 +130,7 @@ def score(studio: Studio, split: Split, student_steps: int, few_steps: int = 4) 
             f"at {GUIDANCE_SCALE:g}, so there is nothing to score it with"
         )
     oracle = Oracle.load(ORACLE)
-    stored = load_tensors(reference_file(split))
-    reference = stored["reference"].float()
-    teacher = Measured(*(stored[name].float() for name in ("first", "second", "right", "sharp")))
+    teacher = load_reference(split)
     timed = {(TEACHER, REFERENCE_STEPS): _seconds_per_image(studio, TEACHER, REFERENCE_STEPS, split)}
     again = oracle.features(timed[TEACHER, REFERENCE_STEPS][1])
     if (again - teacher.first[:TIMED]).abs().median() > 0.05:
@@ -109,7 +138,7 @@ def score(studio: Studio, split: Split, student_steps: int, few_steps: int = 4) 
             f"{reference_file(split)} was made with another teacher or oracle, or with a negative prompt; "
             "if the teacher was built anew, delete it and run 'python -m rapm.toy.score'"
         )
-    rows = []
+    rows, pairs = [], PAIRS[split]
     for role, steps in ((TEACHER, REFERENCE_STEPS), (TEACHER, few_steps), (STUDENT, student_steps)):
         is_reference = (role, steps) == (TEACHER, REFERENCE_STEPS)
         measured = teacher if is_reference else measure(studio, oracle, role, steps, split)
@@ -119,10 +148,10 @@ def score(studio: Studio, split: Split, student_steps: int, few_steps: int = 4) 
                 model=role,
                 steps=steps,
                 guidance_scale=studio.guidance_scale if role == TEACHER else 1.0,
-                fid_to_teacher=frechet_distance(measured.first, reference),
-                caption_accuracy=float(measured.right.float().mean()),
-                diversity=pair_distance(measured.first[: PAIRS[split]], measured.second)
-                / pair_distance(teacher.first[: PAIRS[split]], teacher.second),
+                fid_to_teacher=frechet_distance(measured.first, teacher.second),
+                caption_accuracy=float(measured.right.mean()),
+                diversity=pair_distance(measured.first[:pairs], measured.second[:pairs])
+                / pair_distance(teacher.first[:pairs], teacher.second[:pairs]),
                 sharpness=float(measured.sharp.mean() / teacher.sharp.mean()),
                 seconds_per_image=seconds,
                 images=len(measured.first),

@@ -65,6 +65,7 @@ RECIPE = {
     "vae": Stage(updates=3_600, batch=8, rate=1.5e-3),
     "text": Stage(updates=900, batch=64, rate=1.5e-3),
     "unet": Stage(updates=12_000, batch=32, rate=7e-4),
+    "refine": Stage(updates=4_200, batch=32, rate=5e-4),
 }
 
 # --------------------------------------------------------------------------------------------------------------- the trainer
@@ -440,34 +441,36 @@ def _latents(vae: AutoencoderKL, images: np.ndarray, file: Path, device: str) ->
 def build_unet(
     folder: Path, device: str, vae: AutoencoderKL, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> UNet2DConditionModel:
-    target = folder / "unet"
-    if not (target / "config.json").exists():
-        images, texts = _pool("scenes", _caption_scene, SCENES, folder)
-        latents = _latents(vae, images, folder / "latents.safetensors", device)
-        tokens, empty = tokenize(tokenizer, texts), tokenize(tokenizer, [""])
-        alpha_bar = new_scheduler().alphas_cumprod
-        torch.manual_seed(SEED)
-        unet = new_unet().to(device)
+    """Two rounds, each with its own rise and fall of the rate: the second starts from the first one's averaged weights."""
+    images, texts = _pool("scenes", _caption_scene, SCENES, folder)
+    latents = _latents(vae, images, folder / "latents.safetensors", device)
+    tokens, empty = tokenize(tokenizer, texts), tokenize(tokenizer, [""])
+    alpha_bar = new_scheduler().alphas_cumprod
+    torch.manual_seed(SEED)
+    unet = new_unet().to(device)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
         size = RECIPE["unet"].batch
+        rows = _pick(generator, len(latents), size)
+        z = latents[rows].to(device)
+        ids = torch.where(torch.rand(size, 1, generator=generator) < 0.1, empty, tokens[rows]).to(device)
+        with torch.no_grad():
+            states = encoder(ids).last_hidden_state
+        # One timestep from each of `size` equal strata: the same mean as independent draws, less noise in the loss.
+        t = ((torch.arange(size) + torch.rand(size, generator=generator)) * (1000 / size)).long()
+        a = alpha_bar[t].to(device)[:, None, None, None]
+        noise = _normal(generator, z)
+        prediction = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t.to(device), states).sample
+        snr = a / (1 - a)
+        weight = snr.clamp(max=5) / snr  # min-SNR weighting (arXiv 2303.09556) of the epsilon loss
+        return (weight * (prediction - noise).square()).mean() / weight.mean()
 
-        def loss_of(generator: torch.Generator) -> Tensor:
-            rows = _pick(generator, len(latents), size)
-            z = latents[rows].to(device)
-            ids = torch.where(torch.rand(size, 1, generator=generator) < 0.1, empty, tokens[rows]).to(device)
-            with torch.no_grad():
-                states = encoder(ids).last_hidden_state
-            # One timestep from each of `size` equal strata: the same mean as independent draws, less noise in the loss.
-            t = ((torch.arange(size) + torch.rand(size, generator=generator)) * (1000 / size)).long()
-            a = alpha_bar[t].to(device)[:, None, None, None]
-            noise = _normal(generator, z)
-            prediction = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t.to(device), states).sample
-            snr = a / (1 - a)
-            weight = snr.clamp(max=5) / snr  # min-SNR weighting (arXiv 2303.09556) of the epsilon loss
-            return (weight * (prediction - noise).square()).mean() / weight.mean()
-
-        fit("unet", unet, loss_of, folder)
-        _save(unet, target)
-    return UNet2DConditionModel.from_pretrained(target).to(device).eval()
+    for name in ("unet", "refine"):
+        if not (folder / name / "config.json").exists():
+            fit(name, unet, loss_of, folder)
+            _save(unet, folder / name)
+        unet = UNet2DConditionModel.from_pretrained(folder / name).to(device)
+    return unet.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------------ the result
