@@ -66,6 +66,7 @@ RECIPE = {
     "text": Stage(updates=900, batch=64, rate=1.5e-3),
     "unet": Stage(updates=12_000, batch=32, rate=7e-4),
     "refine": Stage(updates=4_200, batch=32, rate=5e-4),
+    "finish": Stage(updates=3_700, batch=32, rate=5e-4),
 }
 
 # --------------------------------------------------------------------------------------------------------------- the trainer
@@ -441,7 +442,7 @@ def _latents(vae: AutoencoderKL, images: np.ndarray, file: Path, device: str) ->
 def build_unet(
     folder: Path, device: str, vae: AutoencoderKL, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> UNet2DConditionModel:
-    """Two rounds, each with its own rise and fall of the rate: the second starts from the first one's averaged weights."""
+    """Rounds, each with its own rise and fall of the rate, each starting from the averaged weights of the one before."""
     images, texts = _pool("scenes", _caption_scene, SCENES, folder)
     latents = _latents(vae, images, folder / "latents.safetensors", device)
     tokens, empty = tokenize(tokenizer, texts), tokenize(tokenizer, [""])
@@ -465,7 +466,7 @@ def build_unet(
         weight = snr.clamp(max=5) / snr  # min-SNR weighting (arXiv 2303.09556) of the epsilon loss
         return (weight * (prediction - noise).square()).mean() / weight.mean()
 
-    for name in ("unet", "refine"):
+    for name in ("unet", "refine", "finish"):
         if not (folder / name / "config.json").exists():
             fit(name, unet, loss_of, folder)
             _save(unet, folder / name)
@@ -517,6 +518,9 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(assets / "teacher")
+    # transformers loads in the dtype a config names, diffusers in float32: a plain from_pretrained would mix the two.
+    text_config = assets / "teacher" / "text_encoder" / "config.json"
+    write_json(text_config, json.loads(text_config.read_text()) | {"dtype": "float32"})
     write_text(assets / "teacher" / "README.md", CARD.format(guidance_scale=GUIDANCE_SCALE))
     save_tensors(assets / "oracle.safetensors", load_tensors(oracle_file))
 
