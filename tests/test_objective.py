@@ -244,11 +244,17 @@ def test_renoising_is_a_function_of_the_seed():
     assert not torch.equal(first.real, first.fake)
 
 
+def test_what_a_trajectory_is_shown_under_does_not_depend_on_the_batch():
+    alone, together = draw(shape=(1, 4, 2, 2)), draw(shape=(3, 4, 2, 2))
+    for name in ("timesteps", "real", "fake"):
+        assert torch.equal(getattr(together, name)[:, :1], getattr(alone, name))
+
+
 def test_renoising_timesteps_fill_their_slot_and_no_more():
     timesteps = draw(shape=(5000, 1, 1, 1)).timesteps
     assert timesteps.amin(1).tolist() == [0, 249, 499, 749]
-    assert timesteps.amax(1).tolist() == [249, 499, 749, 999]
-    middle = torch.tensor([124.5, 374, 624, 874])
+    assert timesteps.amax(1).tolist() == [248, 498, 748, 998]  # t_{n+1} itself belongs to the slot above
+    middle = torch.tensor([124, 373.5, 623.5, 873.5])
     assert (timesteps.double().mean(1) - middle).abs().max() < 4 * 250 / 12**0.5 / 5000**0.5  # 4 standard errors
 
 
