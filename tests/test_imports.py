@@ -12,7 +12,7 @@ SOURCES = Path(rapm.__file__).parent
 TREES = {
     file.relative_to(SOURCES).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in sorted(SOURCES.rglob("*.py"))
 }
-PRINTING = ["cli.py", "toy/build.py", "toy/score.py"]
+PRINTING = ["cli.py", "toy/build.py", "toy/fit.py", "toy/score.py"]
 
 
 def imported(tree):

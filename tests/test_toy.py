@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rapm.evaluate import toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance
 from rapm.toy import ASSETS, ORACLE, TEACHER
 from rapm.toy.build import blur, to_tensor
+from rapm.toy.fit import Stage, fit
 from rapm.toy.oracle import FEATURES, Oracle
 from rapm.toy.scenes import COLOURS, GROUNDS, KINDS, SHAPES, captions, draw_scene, parse_caption, render_many, scene, split_of
 
@@ -175,3 +179,29 @@ def test_missed_bars_are_named() -> None:
         "diversity is 0.890, the bar is >= 0.900",
         "sharpness is 0.890, the bar is >= 0.900",
     ]
+
+
+# ------------------------------------------------------------------------------------------------------------------- trainer
+
+
+def test_a_build_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def trained(name: str, stops: list[int]) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        calls = 0
+
+        def loss_of(generator: torch.Generator) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls in stops:
+                raise KeyboardInterrupt
+            x = torch.randn(4, 3, generator=generator)
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        for _ in range(len(stops) + 1):
+            with suppress(KeyboardInterrupt):
+                fit("line", Stage(20, 4, 0.1), 1, model, loss_of, tmp_path / f"{name}.safetensors", save_seconds=0)
+        assert calls == 20 + len(stops)
+        return model.weight.detach().clone()
+
+    assert torch.equal(trained("stopped", [3, 9]), trained("whole", []))

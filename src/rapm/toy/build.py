@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,36 +23,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rapm.files import (
-    complete_or_absent,
-    complete_or_absent_folder,
-    load_optimizer_tensors,
-    load_tensors,
-    optimizer_tensors,
-    save_tensors,
-    under_prefix,
-    with_prefix,
-    write_json,
-    write_text,
-)
+from rapm.files import complete_or_absent, complete_or_absent_folder, load_tensors, save_tensors, write_json, write_text
 from rapm.toy import GUIDANCE_SCALE
+from rapm.toy.fit import Stage, fit
 from rapm.toy.oracle import DAMAGES, MAX_COUNT, Oracle
 from rapm.toy.scenes import GROUNDS, KINDS, draw_scene, parse_caption, render_many, scene
 
 MAX_TOKENS = 24
 WIDTH = 96  # of the text encoder
-
-
-@dataclass(frozen=True)
-class Stage:
-    updates: int
-    batch: int
-    rate: float
-    ema_decay: float = 0.999
-
 
 SEED = 20260
 SCENES = 80_000
@@ -64,85 +41,22 @@ RECIPE = {
     "oracle": Stage(updates=2_500, batch=48, rate=1.5e-3),
     "vae": Stage(updates=3_600, batch=8, rate=1.5e-3),
     "text": Stage(updates=900, batch=64, rate=1.5e-3),
+}
+UNET_ROUNDS = {
     "unet": Stage(updates=12_000, batch=32, rate=7e-4),
     "refine": Stage(updates=4_200, batch=32, rate=5e-4),
     "finish": Stage(updates=3_700, batch=32, rate=5e-4),
+    "polish": Stage(updates=8_000, batch=32, rate=5e-4),
 }
 
-# --------------------------------------------------------------------------------------------------------------- the trainer
 
-
-def _rate(step: int, stage: Stage) -> float:
-    """Warm up over 200 updates, hold until half-way, then fall linearly to zero."""
-    return stage.rate * min(1.0, (step + 1) / 200, 2 * (stage.updates - step) / stage.updates)
-
-
-def fit(
-    name: str,
-    model: nn.Module,
-    loss_of: Callable[[torch.Generator], Tensor],
-    folder: Path,
-    save_seconds: float = 120,
-) -> None:
-    """Trains ``model`` in place by the recipe's stage ``name`` and leaves it with its averaged weights.
-
-    ``loss_of`` draws from the generator it is given, which is a function of the stage and the step: a build that was stopped
-    goes on as if it had not been.
-    """
-    stage, state_file = RECIPE[name], folder / f"{name}.state.safetensors"
-    parameters = dict(model.named_parameters())
-    average = {key: value.detach().clone() for key, value in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    first = 0
-    if state_file.exists():
-        state = load_tensors(state_file)
-        first = int(state["step"])
-        model.load_state_dict(under_prefix("model", state), strict=False)
-        loaded = under_prefix("average", state)
-        average = {key: loaded[key].to(value.device) for key, value in parameters.items()}  # files sort their keys
-        load_optimizer_tensors(optimizer, under_prefix("optimizer", state))
-    started = saved = time.monotonic()
-    running = 0.0
-    model.train()
-    for step in range(first, stage.updates):
-        generator = torch.Generator().manual_seed(_seed(name, step))
-        loss = loss_of(generator)
-        optimizer.param_groups[0]["lr"] = _rate(step, stage)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(stage.ema_decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(average.values()), [p.detach() for p in parameters.values()], 0)
-        running = loss.item() if step == first else running + 0.02 * (loss.item() - running)
-        if not math.isfinite(running):
-            raise FloatingPointError(f"{name}: the loss is {running} at update {step}")
-        if step % 100 == 99 or step == stage.updates - 1:
-            each = (time.monotonic() - started) / (step + 1 - first)
-            left = each * (stage.updates - step - 1) / 60
-            print(f"{name} {step + 1}/{stage.updates} loss {running:.4f} {each * 1e3:.0f} ms, {left:.0f} min left", flush=True)
-        if time.monotonic() - saved > save_seconds or step == stage.updates - 1:
-            saved = time.monotonic()
-            save_tensors(
-                state_file,
-                with_prefix("model", parameters)
-                | with_prefix("average", average)
-                | with_prefix("optimizer", optimizer_tensors(optimizer))
-                | {"step": torch.tensor(step + 1)},
-            )
-    with torch.no_grad():
-        for key, value in average.items():
-            parameters[key].copy_(value)
-    model.eval()
+def _fit(name: str, stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: Path) -> None:
+    fit(name, stage, SEED, model, loss_of, folder / f"{name}.state.safetensors")
 
 
 def _save(model: AutoencoderKL | CLIPTextModel | UNet2DConditionModel, target: Path) -> None:
     with complete_or_absent_folder(target) as folder:
         model.cpu().save_pretrained(folder)
-
-
-def _seed(name: str, step: int) -> int:
-    return zlib.crc32(f"{SEED} {name} {step}".encode())
 
 
 def _pick(generator: torch.Generator, count: int, size: int) -> Tensor:
@@ -238,7 +152,7 @@ def build_oracle(folder: Path, device: str) -> None:
             + 5 * F.mse_loss(reading.damage, amounts)
         )
 
-    fit("oracle", oracle, loss_of, folder)
+    _fit("oracle", RECIPE["oracle"], oracle, loss_of, folder)
     oracle.cpu()
     fresh = to_tensor(render_many([scene(SEED + 2, i, "train") for i in range(2_000)]))
     raw = oracle.features(fresh)  # still with mean 0 and deviation 1
@@ -295,7 +209,7 @@ def build_vae(folder: Path, device: str) -> AutoencoderKL:
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             return (y - x).abs().mean() + edges + 2e-4 * kl
 
-        fit("vae", vae, loss_of, folder)
+        _fit("vae", RECIPE["vae"], vae, loss_of, folder)
         with torch.no_grad():
             z = vae.encode(to_tensor(images[:1024], device)).latent_dist.mean
         _whiten(vae, z.mean((0, 2, 3)), z.std((0, 2, 3)))
@@ -383,7 +297,7 @@ def build_text_encoder(folder: Path, device: str, texts: list[str], tokenizer: C
             ground_loss = F.cross_entropy(at_ground, ground[rows].to(device))
             return ground_loss + F.cross_entropy(at_kinds.flatten(0, 1), kinds[rows].flatten().to(device))
 
-        fit("text", reader, loss_of, folder)
+        _fit("text", RECIPE["text"], reader, loss_of, folder)
         _save(encoder, target)
     return CLIPTextModel.from_pretrained(target).to(device).eval()
 
@@ -451,7 +365,7 @@ def build_unet(
     unet = new_unet().to(device)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        size = RECIPE["unet"].batch
+        size = UNET_ROUNDS["unet"].batch
         rows = _pick(generator, len(latents), size)
         z = latents[rows].to(device)
         ids = torch.where(torch.rand(size, 1, generator=generator) < 0.1, empty, tokens[rows]).to(device)
@@ -466,9 +380,9 @@ def build_unet(
         weight = snr.clamp(max=5) / snr  # min-SNR weighting (arXiv 2303.09556) of the epsilon loss
         return (weight * (prediction - noise).square()).mean() / weight.mean()
 
-    for name in ("unet", "refine", "finish"):
+    for name, stage in UNET_ROUNDS.items():
         if not (folder / name / "config.json").exists():
-            fit(name, unet, loss_of, folder)
+            _fit(name, stage, unet, loss_of, folder)
             _save(unet, folder / name)
         unet = UNet2DConditionModel.from_pretrained(folder / name).to(device)
     return unet.eval()
