@@ -21,8 +21,11 @@ SETTINGS = (
     "training.iterations=30",
     "training.checkpoint_every=30",
     "critics.adversarial_weight=0.1",
+    "critics.learning_rate=1e-3",
     "critics.start=0.0",
+    "critics.head_start=0.1",
     "critics.every=2",
+    "student.learning_rate=1e-3",
 )
 
 

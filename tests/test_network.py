@@ -15,7 +15,7 @@ from rapm.config import Config
 from rapm.critic import Heads
 from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS, unet_taps
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
-from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, shown_to_critic, student_step
+from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
 from rapm.train import Batch, Learner, Players, critic_turn, student_turn
 
@@ -48,11 +48,11 @@ def stored_batch(size: int = 1) -> Batch:
     return Batch(coarse, nudged, {"prompt_embeds": torch.randn(size, 6, 16, generator=generator)})
 
 
-def make_players(schedule, checkpointing: bool = False, slot_batch: int = 1, **weights) -> Players:
+def make_players(schedule, checkpointing: bool = False, slot_batch: int = 1, loss: str = "relativistic", **weights) -> Players:
     config = Config.model_validate(
         {
             "trajectories": {"slots": GRID.slots, "fine_steps": GRID.fine_steps},
-            "critics": {"adversarial_weight": 0.3},
+            "critics": {"adversarial_weight": 0.3, "loss": loss},
             "training": {"slot_batch": slot_batch, **weights},
         }
     )
@@ -69,7 +69,11 @@ def make_players(schedule, checkpointing: bool = False, slot_batch: int = 1, **w
 
 
 def draws() -> dict[str, Renoising]:
-    return {role: Renoising.draw(GRID, (1, 4, 8, 8), torch.Generator().manual_seed(k)) for k, role in enumerate(ROLES[1:])}
+    return {role: _draw(1, k) for k, role in enumerate(ROLES[1:])}
+
+
+def _draw(batch: int, seed: int) -> Renoising:
+    return Renoising.draw(GRID, (batch, 4, 8, 8), torch.Generator().manual_seed(seed), shared=False, power=1.0)
 
 
 def gradients(learner: Learner) -> dict[str, Tensor]:
@@ -173,10 +177,12 @@ def test_features_are_the_blocks_own_outputs_and_stop_there(checkpointing: bool)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("slot_batch", [1, 3])
-def test_student_gradients_equal_those_of_separate_copies(ddim_schedule, checkpointing: bool, slot_batch: int) -> None:
+@pytest.mark.parametrize(("slot_batch", "loss"), [(1, "hinge"), (1, "relativistic"), (3, "relativistic")])
+def test_student_gradients_equal_those_of_separate_copies(
+    ddim_schedule, checkpointing: bool, slot_batch: int, loss: str
+) -> None:
     """Trap 1, and no gradient across slots: the reference detaches every start and sums over slots, on whole copies."""
-    players = make_players(ddim_schedule, checkpointing, slot_batch, relative_weight=[0.5, 1.0, 2.0], absolute_weight=0.7)
+    players = make_players(ddim_schedule, checkpointing, slot_batch, loss, relative_weight=[0.5, 1.0, 2.0], absolute_weight=0.7)
     batch, renoising = stored_batch(), draws()
     losses = student_turn(players, batch, renoising)
 
@@ -194,13 +200,18 @@ def test_student_gradients_equal_those_of_separate_copies(ddim_schedule, checkpo
             ("relative", relative, (0.5, 1.0, 2.0)[n], RELATIVE_CRITIC),
             ("absolute", batch.coarse[:, n], 0.7, ABSOLUTE_CRITIC),
         ):
-            t, _, noise = renoising[role].of([n], z.device)
-            shown = shown_to_critic(ddim_schedule, GRID, [n], z_phi, t, noise)
-            logits = players.critics[role].heads(copies[role].features(shown, t, batch.conditioning))
-            distance, hinge = pseudo_huber(z_phi, target, 1e-3).mean(), hinge_student(logits).mean()
-            total = total + weight * (distance + 0.3 * hinge) / GRID.slots
+            t, real_noise, fake_noise = renoising[role].of([n], z.device)
+            real, fake = (
+                players.critics[role].heads(
+                    copies[role].features(shown_to_critic(ddim_schedule, GRID, [n], x, t, e), t, batch.conditioning)
+                )
+                for x, e in ((target, real_noise), (z_phi, fake_noise))
+            )
+            distance = pseudo_huber(z_phi, target, 1e-3).mean()
+            adversarial = (hinge_student(fake) if loss == "hinge" else relativistic(fake, real)).mean()
+            total = total + weight * (distance + 0.3 * adversarial) / GRID.slots
             expected[f"{name}_distance"] += distance.item() / GRID.slots
-            expected[f"{name}_adversarial"] += hinge.item() / GRID.slots
+            expected[f"{name}_adversarial"] += adversarial.item() / GRID.slots
         z = z_phi.detach()
     own = copies[STUDENT].parameters(STUDENT)
     reference = dict(zip(own, torch.autograd.grad(total, list(own.values())), strict=True))
@@ -213,9 +224,12 @@ def test_student_gradients_equal_those_of_separate_copies(ddim_schedule, checkpo
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("slot_batch", [1, 2])
-def test_critic_gradients_equal_those_of_separate_copies(ddim_schedule, checkpointing: bool, slot_batch: int) -> None:
-    players = make_players(ddim_schedule, checkpointing, slot_batch)
+@pytest.mark.parametrize(("slot_batch", "loss"), [(1, "hinge"), (1, "relativistic"), (2, "relativistic")])
+def test_critic_gradients_equal_those_of_separate_copies(
+    ddim_schedule, checkpointing: bool, slot_batch: int, loss: str
+) -> None:
+    players = make_players(ddim_schedule, checkpointing, slot_batch, loss)
+    critic_loss = hinge_critic if loss == "hinge" else relativistic
     batch, renoising = stored_batch(), draws()
     critic_turn(players, batch, renoising)
 
@@ -237,7 +251,7 @@ def test_critic_gradients_equal_those_of_separate_copies(ddim_schedule, checkpoi
                 heads[role](copies[role].features(shown_to_critic(ddim_schedule, GRID, [n], x, t, e), t, batch.conditioning))
                 for x, e in ((real, real_noise), (z, fake_noise))
             ]
-            totals[role] = totals[role] + hinge_critic(*logits).mean() / GRID.slots
+            totals[role] = totals[role] + critic_loss(*logits).mean() / GRID.slots
     for role in ROLES[1:]:
         own = dict(copies[role].parameters(role)) | {f"heads.{name}": p for name, p in heads[role].named_parameters()}
         wanted = torch.autograd.grad(totals[role], list(own.values()), allow_unused=True)
@@ -253,17 +267,13 @@ def test_slot_groups_change_nothing(ddim_schedule, turn) -> None:
     found = []
     for slot_batch in (1, 2, 3):
         players = make_players(ddim_schedule, False, slot_batch)
-        losses = turn(players, stored_batch(2), {role: _draw_two(k) for k, role in enumerate(ROLES[1:])})
+        losses = turn(players, stored_batch(2), {role: _draw(2, k) for k, role in enumerate(ROLES[1:])})
         learners = [players.student, *players.critics.values()]
         found.append((losses, [g for learner in learners for g in gradients(learner).values()]))
     for losses, grads in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
         for a, b in zip(grads, found[0][1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-def _draw_two(seed: int) -> Renoising:
-    return Renoising.draw(GRID, (2, 4, 8, 8), torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("turn", [student_turn, critic_turn])

@@ -1,5 +1,7 @@
 """Positions, distances and adversarial losses, by hand-computed numbers and against a flat loop over slots."""
 
+from math import exp, log, log1p
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -12,6 +14,7 @@ from rapm.objective import (
     margin,
     positions,
     pseudo_huber,
+    relativistic,
     repeat,
     shown_to_critic,
     slot_groups,
@@ -109,7 +112,7 @@ def test_relative_positions_are_asked_for_at_the_nudged_timesteps():
     student = Recording(STUDENT)
     positions(student, SCHEDULE, GRID, [3, 2], coarse[:, N], coarse, nudged, PROMPTS)
     assert GRID.fine[:8] == [999, 949, 899, 849, 799, 749, 699, 649]
-    assert student.timesteps == [[999, 999], [899, 899, 649, 649]]  # the start of slot 2, then both relative positions
+    assert student.timesteps == [[999, 999, 899, 899, 649, 649]]  # the start of slot 2 and both relative positions in one pass
 
 
 def test_a_group_of_one_slot_spends_no_pass_on_its_start():
@@ -215,13 +218,20 @@ def test_hinge_student_by_hand():
     assert hinge_student(FAKE).tolist() == [(2 + 0.5) / 2, (0.5 + 3) / 2]
 
 
+def test_relativistic_by_hand():
+    # mean logits of real - fake are 2.25 and -1.5 in row 1, -1 and 5 in row 2 (see below); softplus(-x) = log(1 + exp(-x))
+    expected = [(log1p(exp(-2.25)) + log1p(exp(1.5))) / 2, (log1p(exp(1)) + log1p(exp(-5))) / 2]
+    assert relativistic(REAL, FAKE).tolist() == pytest.approx(expected, rel=1e-6)
+    assert relativistic(REAL, REAL).tolist() == pytest.approx([log(2)] * 2)
+
+
 def test_margin_by_hand():
     # means of real - fake: 1.25 + 1 and -1.5 in row 1; 0 - 1 and 5 in row 2
     assert margin(REAL, FAKE).tolist() == [(2.25 - 1.5) / 2, (-1 + 5) / 2]
     assert margin(REAL, REAL).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("loss", [hinge_critic, margin])
+@pytest.mark.parametrize("loss", [hinge_critic, relativistic, margin])
 def test_heads_must_come_in_pairs(loss):
     with pytest.raises(ValueError, match="shorter"):
         loss(REAL, FAKE[:1])
@@ -230,8 +240,8 @@ def test_heads_must_come_in_pairs(loss):
 # ------------------------------------------------------------------------------------------------------------------- renoising
 
 
-def draw(seed=0, shape=SHAPE):
-    return Renoising.draw(GRID, shape, torch.Generator().manual_seed(seed))
+def draw(seed=0, shape=SHAPE, shared=False, power=1.0):
+    return Renoising.draw(GRID, shape, torch.Generator().manual_seed(seed), shared=shared, power=power)
 
 
 def test_renoising_is_a_function_of_the_seed():
@@ -242,6 +252,9 @@ def test_renoising_is_a_function_of_the_seed():
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
     assert not torch.equal(first.real, first.fake)
+    shared = draw(shared=True)
+    assert torch.equal(shared.fake, shared.real)
+    assert torch.equal(shared.real, first.real)
 
 
 def test_what_a_trajectory_is_shown_under_does_not_depend_on_the_batch():
@@ -256,6 +269,14 @@ def test_renoising_timesteps_fill_their_slot_and_no_more():
     assert timesteps.amax(1).tolist() == [248, 498, 748, 998]  # t_{n+1} itself belongs to the slot above
     middle = torch.tensor([124, 373.5, 623.5, 873.5])
     assert (timesteps.double().mean(1) - middle).abs().max() < 4 * 250 / 12**0.5 / 5000**0.5  # 4 standard errors
+
+
+def test_noise_power_keeps_critics_close_to_the_end_of_a_slot():
+    depth = draw(shape=(5000, 1, 1, 1), power=3.0).timesteps.double() - torch.tensor([[0], [249], [499], [749]])
+    assert depth.amin() == 0
+    assert depth.amax() >= 247
+    # floor(250 u^3), and 249 u^3 in the last slot, whose end is timestep 0; E u^3 = 1/4, Var u^3 = 1/7 - 1/16
+    assert (depth.mean(1) - (250 / 4 - 0.5)).abs().max() < 0.6 + 4 * 250 * (1 / 7 - 1 / 16) ** 0.5 / 5000**0.5
 
 
 def test_renoising_noise_is_standard_normal():

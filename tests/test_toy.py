@@ -144,10 +144,6 @@ def test_every_word_of_the_world_is_one_token() -> None:
         assert len(tokenizer.tokenize(text)) == len(text.replace(",", " ,").split())
 
 
-@pytest.mark.skipif(
-    not protocol.reference_file("test").is_file(),
-    reason="the teacher's 100-step pictures of the 1,000 test captions are not drawn yet: python -m rapm.toy.score",
-)
 def test_the_teachers_figures_clear_their_bars() -> None:
     """The shipped reference: accuracy over 1,000 held-out captions, and how much worse few steps are."""
     teacher = protocol.load_reference("test")

@@ -147,11 +147,13 @@ def test_rates_and_turns() -> None:
     assert factors[9:51] == [1.0] * 42
     assert factors[75] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.02)
-    late = changed(config, critics={"start": 0.3, "every": 3})
+    late = changed(config, critics={"start": 0.3, "every": 3, "head_start": 0.0})
     assert [k for k in range(100) if is_critic_turn(late, k)] == list(range(30, 100, 3))
     odd = changed(config, critics={"start": 0.31, "every": 4})  # never a student's turn against critics that had none
     assert [k for k in range(100) if critics_play(odd, k)] == list(range(32, 100))
     assert is_critic_turn(odd, 32)
+    alone = changed(config, critics={"start": 0.3, "head_start": 0.05, "every": 2})
+    assert [k for k in range(42) if is_critic_turn(alone, k)] == [30, 31, 32, 33, 34, 36, 38, 40]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")

@@ -77,6 +77,13 @@ class Critics(Section):
 
     adversarial_weight: Weight = 0.1
     """Of the adversarial terms beside the distances; 0 leaves the critics out, and every turn is the student's."""
+    loss: Literal["relativistic", "hinge"] = "relativistic"
+    """Which of the two is the teacher's (relativistic), or whether each one is (hinge, as PCM has it)."""
+    noise: Literal["shared", "independent"] = "shared"
+    """Real and fake are shown under the same noise, or each under its own (PCM)."""
+    noise_power: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    """k in tau = t_n + (t_{n+1} - t_n) u^k, the timestep whose noise they are shown under (u uniform in [0, 1)). 1 is PCM's
+    uniform choice; more shows positions closer to as they are, fine detail with them."""
     every: Annotated[int, Field(ge=2)] = 2
     """One turn in so many is the critics', the others are the student's."""
     rank: Annotated[int, Field(ge=1)] = 8
@@ -89,6 +96,8 @@ class Critics(Section):
     """AdamW, betas 0 and 0.999."""
     start: Fraction = 0.0
     """Share of the iterations that pass on distances alone before the critics' first turn."""
+    head_start: Fraction = 0.02
+    """Share of the iterations that are then the critics' alone, before the student hears of them."""
 
 
 class Training(Section):
@@ -151,6 +160,10 @@ class Config(Section):
             weights = getattr(self.training, name)
             if isinstance(weights, list) and len(weights) != self.trajectories.slots:
                 raise ValueError(f"training.{name} has {len(weights)} weights for N = {self.trajectories.slots} slots")
+        if self.critics.adversarial_weight and self.critics.start + self.critics.head_start >= 1:
+            raise ValueError(
+                "critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"
+            )
         if not any(self.slot_weights("relative") + self.slot_weights("absolute")):
             raise ValueError("training.relative_weight and training.absolute_weight are both 0: nothing to learn")
         return self

@@ -92,20 +92,25 @@ def positions(
         conditioning: of the B prompts.
         relative: without it the frozen student's pass is saved and ``Positions.relative`` holds the nudged positions.
     """
-    batch = len(z)
-    starts = [z]
-    for n in slots[:-1]:
-        starts.append(student_step(denoiser, schedule, grid, [n], starts[-1], conditioning))
-    repeated = repeat(conditioning, len(slots))
-    target = torch.cat([nudged[:, n] for n in slots])
+    batch, repeated = len(z), repeat(conditioning, len(slots))
+    starts, target = [z], torch.cat([nudged[:, n] for n in slots])
+    t, s = _per_row([grid.nudged(n) for n in slots], batch), _per_row([grid.coarse(n) for n in slots], batch)
     if relative:
-        t = _per_row([grid.nudged(n) for n in slots], batch)
-        s = _per_row([grid.coarse(n) for n in slots], batch)
         # With delta = M in slot 0 the nudged position is the end itself: no timestep is left to ask the network for, and none
         # is needed, since a step of no length leads nowhere.
         ask = t.clamp(min=0)
-        stepped = schedule.step(target, denoiser(target, ask, repeated), ask, s)
-        target = torch.where((t == s)[:, None, None, None].to(z.device), target, stepped)
+        # The group's second start waits for nothing either: one pass finds it (the first rows) and the relative positions.
+        first = batch if len(slots) > 1 else 0
+        at = torch.cat([_per_row([grid.coarse(slots[0] + 1)], first), ask])
+        to = torch.cat([_per_row([grid.coarse(slots[0])], first), s])
+        both = torch.cat([z[:first], target])
+        prompts = {name: torch.cat([value[:first], repeated[name]]) for name, value in conditioning.items()}
+        moved = schedule.step(both, denoiser(both, at, prompts), at, to)
+        target = torch.where((t == s)[:, None, None, None].to(z.device), target, moved[first:])
+        if first:
+            starts.append(moved[:first])
+    for n in slots[len(starts) - 1 : -1]:
+        starts.append(student_step(denoiser, schedule, grid, [n], starts[-1], conditioning))
     return Positions(slots, torch.cat(starts), target, torch.cat([coarse[:, n] for n in slots]), repeated)
 
 
@@ -141,6 +146,17 @@ def hinge_student(fake: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.relu(1 - f).flatten(1).mean(1) for f in fake]).mean(0)
 
 
+def relativistic(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """softplus(fake - real) of each head's mean logits, mean over heads; log 2 is chance (arXiv 1807.00734).
+
+    The critic's loss; with real and fake exchanged, the student's. It asks which of the two is the teacher's, not whether one
+    alone is: real and fake of one trajectory under one noise differ in nothing else.
+
+    Each head's logits are [B, 1, h, w]. Returns [B].
+    """
+    return torch.stack([F.softplus((f - r).flatten(1).mean(1)) for r, f in zip(real, fake, strict=True)]).mean(0)
+
+
 def margin(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """Mean of real - fake logits over a map, mean over heads: 0 when a critic stands at chance. Returns [B]."""
     return torch.stack([(r - f).flatten(1).mean(1) for r, f in zip(real, fake, strict=True)]).mean(0)
@@ -151,7 +167,7 @@ class Renoising:
     """What a critic is shown: at which timestep, and under which noise, for each slot (first axis n = 0 ... N - 1).
 
     Attributes:
-        timesteps: int [N, B], uniform in [t_n, t_{n+1}) (the end counts as timestep 0).
+        timesteps: tau, int [N, B], in [t_n, t_{n+1}) (the end counts as timestep 0).
         real, fake: noise, [N, B, C, H, W].
     """
 
@@ -160,20 +176,24 @@ class Renoising:
     fake: Tensor
 
     @classmethod
-    def draw(cls, grid: Grid, shape: Sequence[int], generator: torch.Generator) -> Renoising:
+    def draw(cls, grid: Grid, shape: Sequence[int], generator: torch.Generator, *, shared: bool, power: float) -> Renoising:
         """Draws for all N slots at once, row by row, so that neither slot groups nor the batch change what is drawn.
 
         Args:
             shape: (B, C, H, W).
             generator: on the CPU.
+            shared: real and fake get the same noise.
+            power: k in tau = t_n + (t_{n+1} - t_n) u^k, u uniform in [0, 1); 1 is uniform, more keeps closer to t_n.
         """
+        lows = torch.tensor([max(grid.coarse(n), 0) for n in range(grid.slots)])
+        highs = torch.tensor([grid.coarse(n + 1) for n in range(grid.slots)])
         timesteps, noise = [], []
         for _ in range(shape[0]):
-            ranges = [(max(grid.coarse(n), 0), grid.coarse(n + 1)) for n in range(grid.slots)]
-            timesteps.append(torch.cat([torch.randint(low, high, (1,), generator=generator) for low, high in ranges]))
+            u = torch.rand(grid.slots, generator=generator, dtype=torch.float64)
+            timesteps.append((lows + (highs - lows) * u**power).long())
             noise.append(torch.randn(2, grid.slots, *shape[1:], generator=generator))
         real, fake = torch.stack(noise, 2)
-        return cls(torch.stack(timesteps, 1), real, fake)
+        return cls(torch.stack(timesteps, 1), real, real if shared else fake)
 
     def of(self, slots: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps [k B] (on the CPU, where tables are), real and fake noise [k B, C, H, W] of a group of slots."""

@@ -29,6 +29,7 @@ from rapm.objective import (
     margin,
     positions,
     pseudo_huber,
+    relativistic,
     repeat,
     shown_to_critic,
     slot_groups,
@@ -160,13 +161,20 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
                     players.grid.slots * len(z)
                 )
         for role, draws in renoising.items():
-            t, _, noise = draws.of(slots, device)
+            t, real_noise, fake_noise = draws.of(slots, device)
             with backbone.role(role):
-                hinge = hinge_student(players.logits(role, players.shown(slots, leaf, t, noise), t, at.conditioning))
+                fake = players.logits(role, players.shown(slots, leaf, t, fake_noise), t, at.conditioning)
+                if players.config.critics.loss == "hinge":
+                    loss = hinge_student(fake)
+                else:
+                    shown = players.shown(slots, targets[_KIND[role]], t, real_noise)
+                    with torch.no_grad():
+                        real = players.logits(role, shown, t, at.conditioning)
+                    loss = relativistic(fake, real)
                 weight = players.config.critics.adversarial_weight * players.slot_weight(_KIND[role], slots, len(z))
-                gradient += torch.autograd.grad((weight * hinge).sum(), leaf)[0]
+                gradient += torch.autograd.grad((weight * loss).sum(), leaf)[0]
             name = f"{_KIND[role]}_adversarial"
-            sums[name] = sums.get(name, 0.0) + float(hinge.detach().sum()) / (players.grid.slots * len(z))
+            sums[name] = sums.get(name, 0.0) + float(loss.detach().sum()) / (players.grid.slots * len(z))
         with backbone.role(STUDENT):
             z_phi.backward(gradient)
         z = z_phi.detach()[-len(z) :]
@@ -176,6 +184,7 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
 def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> dict[str, float]:
     """Accumulates both critics' gradients over the slots. Returns losses and margins to log."""
     backbone, device = players.backbone, players.backbone.device
+    critic_loss = hinge_critic if players.config.critics.loss == "hinge" else relativistic
     sums: dict[str, float] = {}
     z = batch.coarse[:, players.grid.slots]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
@@ -190,7 +199,7 @@ def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisin
                 logits = players.logits(role, shown, torch.cat([t, t]), repeat(at.conditioning, 2))
                 real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
                 share = 1 / (players.grid.slots * len(z))
-                loss = share * hinge_critic(real_logits, fake_logits).sum()
+                loss = share * critic_loss(real_logits, fake_logits).sum()
                 loss.backward()
             for name, value in (("critic", loss), ("margin", share * margin(real_logits, fake_logits).sum())):
                 sums[f"{_KIND[role]}_{name}"] = sums.get(f"{_KIND[role]}_{name}", 0.0) + float(value.detach())
@@ -228,16 +237,22 @@ def rate_factor(config: Config, iteration: int) -> float:
 
 
 def is_critic_turn(config: Config, iteration: int) -> bool:
-    """Even iterations are the critics', odd ones the student's (``every`` = 2), once the critics have started."""
-    started = critics_play(config, iteration)
-    return started and iteration % config.critics.every == 0
+    """Once the critics have started: all turns of their head start, then every second one (``every`` = 2)."""
+    if not critics_play(config, iteration):
+        return False
+    alone = iteration - _critics_start(config) < config.critics.head_start * config.training.iterations
+    return alone or iteration % config.critics.every == 0
 
 
 def critics_play(config: Config, iteration: int) -> bool:
-    """Whether critics take part in an iteration; they start with a turn of their own."""
+    """Whether critics take part in an iteration."""
+    return config.critics.adversarial_weight > 0 and iteration >= _critics_start(config)
+
+
+def _critics_start(config: Config) -> int:
+    """The iteration of the critics' first turn, one of those that are theirs anyway."""
     every = config.critics.every
-    first = math.ceil(config.critics.start * config.training.iterations / every) * every
-    return config.critics.adversarial_weight > 0 and iteration >= first
+    return math.ceil(config.critics.start * config.training.iterations / every) * every
 
 
 def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> Players:
@@ -303,7 +318,13 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             batch = draw_batch(store, training.batch_size, training.seed, iteration, backbone.device)
             critics = players.critics if critics_play(config, iteration) else {}
             renoising = {
-                role: Renoising.draw(players.grid, batch.coarse[:, 0].shape, _generator(training.seed, role, iteration))
+                role: Renoising.draw(
+                    players.grid,
+                    batch.coarse[:, 0].shape,
+                    _generator(training.seed, role, iteration),
+                    shared=config.critics.noise == "shared",
+                    power=config.critics.noise_power,
+                )
                 for role in critics
             }
             factor = rate_factor(config, iteration)

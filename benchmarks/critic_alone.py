@@ -1,0 +1,89 @@
+"""Can a critic tell a student from its teacher? ``python benchmarks/critic_alone.py RUN [--set critics.loss=hinge ...]``.
+
+The student of a trained run stands still while a fresh absolute critic learns, with the run's settings or those given, from all
+but the last 80 of the run's trajectories. Those say how well it separates: the share of them whose real position has the higher
+logit, by slot. Half is chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rapm import config as configuration
+from rapm.families import find_teacher
+from rapm.files import under_prefix
+from rapm.network import ABSOLUTE_CRITIC, STUDENT
+from rapm.objective import Conditioning, Renoising, hinge_critic, margin, relativistic, repeat, student_step
+from rapm.run import Run
+from rapm.stages import load_backbone
+from rapm.train import Players, make_players
+from rapm.trajectories import TrajectoryStore
+
+HELD_OUT = 80
+Pair = tuple[Tensor, Tensor, Conditioning]  # of one trajectory: z~_n, z_n^phi, each [N, C, H, W], and its prompt N times
+
+
+@torch.no_grad()
+def pairs(players: Players, store: TrajectoryStore) -> Iterator[Pair]:
+    slots = list(range(players.grid.slots))[::-1]
+    for k in range(len(store)):
+        conditioning = {name: value[None].to(players.backbone.device) for name, value in store[k].conditioning.items()}
+        coarse = store[k].coarse[:, None].to(players.backbone.device)
+        positions = [coarse[players.grid.slots]]
+        with players.backbone.role(STUDENT):
+            for n in slots:
+                positions.append(
+                    student_step(players.backbone, players.schedule, players.grid, [n], positions[-1], conditioning)
+                )
+        yield torch.cat([coarse[n] for n in slots]), torch.cat(positions[1:]), repeat(conditioning, len(slots))
+
+
+def logits(players: Players, pair: Pair, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What the critic says of real and fake positions, slots from high noise to low."""
+    real, fake, conditioning = pair
+    slots, critics = list(range(len(real)))[::-1], players.config.critics
+    generator = torch.Generator().manual_seed(seed)
+    shared = critics.noise == "shared"
+    draws = Renoising.draw(players.grid, (1, *real.shape[1:]), generator, shared=shared, power=critics.noise_power)
+    t, real_noise, fake_noise = draws.of(slots, players.backbone.device)
+    shown = torch.cat([players.shown(slots, real, t, real_noise), players.shown(slots, fake, t, fake_noise)])
+    both = players.logits(ABSOLUTE_CRITIC, shown, torch.cat([t, t]), repeat(conditioning, 2))
+    halves = [x.chunk(2) for x in both]
+    return [real for real, _ in halves], [fake for _, fake in halves]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--turns", type=int, default=320)
+    arguments = parser.parse_args()
+    run = Run.existing(arguments.run)
+    config = configuration.load(arguments.run / "config.toml", settings=arguments.settings)
+    teacher, store = find_teacher(config.teacher), TrajectoryStore.open(run.trajectories)
+    players = make_players(config, load_backbone(teacher, config), store, teacher.schedule)
+    players.backbone.load(STUDENT, under_prefix("average", run.load_checkpoint()[1]))
+    seen = list(pairs(players, store))
+    seen, held_out = seen[:-HELD_OUT], seen[-HELD_OUT:]
+    critic = players.critics[ABSOLUTE_CRITIC]
+    critic_loss = hinge_critic if config.critics.loss == "hinge" else relativistic
+    for turn in range(arguments.turns):
+        with players.backbone.role(ABSOLUTE_CRITIC):
+            loss = critic_loss(*logits(players, seen[turn % len(seen)], turn)).mean()
+            loss.backward()
+        critic.clip(turn, float(loss), config.training.gradient_clip)
+        critic.step(min(1.0, (turn + 1) / 20, 2 * (arguments.turns - turn) / arguments.turns))
+    with torch.no_grad(), players.backbone.role(ABSOLUTE_CRITIC):
+        margins = torch.stack([margin(*logits(players, pair, 1_000_000 + k)) for k, pair in enumerate(held_out)])
+    shares = (margins > 0).float().mean(0)  # slots from high noise to low
+    found = ", ".join(f"{n}: {shares[-1 - n]:.2f}" for n in reversed(range(len(shares))))
+    print(f"pairs told apart, by slot: {found}")
+
+
+if __name__ == "__main__":
+    main()
