@@ -20,6 +20,7 @@ SETTINGS = (
     "trajectories.shard_size=6",
     "training.iterations=30",
     "training.checkpoint_every=30",
+    "training.decay=0.5",
     "critics.adversarial_weight=0.1",
     "critics.learning_rate=1e-3",
     "critics.start=0.0",
