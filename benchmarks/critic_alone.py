@@ -18,7 +18,7 @@ from rapm import config as configuration
 from rapm.families import find_teacher
 from rapm.files import under_prefix
 from rapm.network import ABSOLUTE_CRITIC, STUDENT
-from rapm.objective import Conditioning, Renoising, hinge_critic, margin, relativistic, repeat, student_step
+from rapm.objective import Conditioning, margin, repeat, student_step
 from rapm.run import Run
 from rapm.stages import load_backbone
 from rapm.train import Players, make_players
@@ -46,10 +46,8 @@ def pairs(players: Players, store: TrajectoryStore) -> Iterator[Pair]:
 def logits(players: Players, pair: Pair, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """What the critic says of real and fake positions, slots from high noise to low."""
     real, fake, conditioning = pair
-    slots, critics = list(range(len(real)))[::-1], players.config.critics
-    generator = torch.Generator().manual_seed(seed)
-    shared = critics.noise == "shared"
-    draws = Renoising.draw(players.grid, (1, *real.shape[1:]), generator, shared=shared, power=critics.noise_power)
+    slots = list(range(len(real)))[::-1]
+    draws = players.renoising((1, *real.shape[1:]), torch.Generator().manual_seed(seed))
     t, real_noise, fake_noise = draws.of(slots, players.backbone.device)
     shown = torch.cat([players.shown(slots, real, t, real_noise), players.shown(slots, fake, t, fake_noise)])
     both = players.logits(ABSOLUTE_CRITIC, shown, torch.cat([t, t]), repeat(conditioning, 2))
@@ -71,12 +69,11 @@ def main() -> None:
     seen = list(pairs(players, store))
     seen, held_out = seen[:-HELD_OUT], seen[-HELD_OUT:]
     critic = players.critics[ABSOLUTE_CRITIC]
-    critic_loss = hinge_critic if config.critics.loss == "hinge" else relativistic
     for turn in range(arguments.turns):
         with players.backbone.role(ABSOLUTE_CRITIC):
-            loss = critic_loss(*logits(players, seen[turn % len(seen)], turn)).mean()
+            loss = players.critic_loss(*logits(players, seen[turn % len(seen)], turn)).mean()
             loss.backward()
-        critic.clip(turn, float(loss), config.training.gradient_clip)
+        critic.clip(turn, float(loss.detach()), config.training.gradient_clip)
         critic.step(min(1.0, (turn + 1) / 20, 2 * (arguments.turns - turn) / arguments.turns))
     with torch.no_grad(), players.backbone.role(ABSOLUTE_CRITIC):
         margins = torch.stack([margin(*logits(players, pair, 1_000_000 + k)) for k, pair in enumerate(held_out)])

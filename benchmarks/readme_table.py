@@ -29,7 +29,7 @@ def table(folders: list[Path]) -> str:
             name = row["model"] + (f" (training seed {seed})" if row["model"] == "student" else "")
             calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
             lines.append(
-                f"| {name} | {row['steps']} | {calls} | {row['fid_to_teacher']:.2f} | {row['caption_accuracy']:.3f} | "
+                f"| {name} | {row['steps']} | {calls} | {row['fid_to_teacher']:.3f} | {row['caption_accuracy']:.3f} | "
                 f"{row['diversity']:.2f} | {row['sharpness']:.2f} | {row['seconds_per_image']:.3f} |"
             )
     return "\n".join(lines)

@@ -125,6 +125,14 @@ class Players:
         """Positions of a group of slots as a critic gets to see them."""
         return shown_to_critic(self.schedule, self.grid, slots, z, t, noise)
 
+    def renoising(self, shape: Sequence[int], generator: torch.Generator) -> Renoising:
+        """What a critic is shown a batch of (B, C, H, W) under."""
+        critics = self.config.critics
+        return Renoising.draw(self.grid, shape, generator, shared=critics.noise == "shared", power=critics.noise_power)
+
+    def critic_loss(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+        return (hinge_critic if self.config.critics.loss == "hinge" else relativistic)(real, fake)
+
     def logits(self, role: str, shown: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
         """What a critic says of re-noised positions. Called inside its role."""
         heads = self.critics[role].heads
@@ -184,7 +192,6 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
 def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> dict[str, float]:
     """Accumulates both critics' gradients over the slots. Returns losses and margins to log."""
     backbone, device = players.backbone, players.backbone.device
-    critic_loss = hinge_critic if players.config.critics.loss == "hinge" else relativistic
     sums: dict[str, float] = {}
     z = batch.coarse[:, players.grid.slots]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
@@ -199,7 +206,7 @@ def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisin
                 logits = players.logits(role, shown, torch.cat([t, t]), repeat(at.conditioning, 2))
                 real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
                 share = 1 / (players.grid.slots * len(z))
-                loss = share * critic_loss(real_logits, fake_logits).sum()
+                loss = share * players.critic_loss(real_logits, fake_logits).sum()
                 loss.backward()
             for name, value in (("critic", loss), ("margin", share * margin(real_logits, fake_logits).sum())):
                 sums[f"{_KIND[role]}_{name}"] = sums.get(f"{_KIND[role]}_{name}", 0.0) + float(value.detach())
@@ -318,13 +325,7 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             batch = draw_batch(store, training.batch_size, training.seed, iteration, backbone.device)
             critics = players.critics if critics_play(config, iteration) else {}
             renoising = {
-                role: Renoising.draw(
-                    players.grid,
-                    batch.coarse[:, 0].shape,
-                    _generator(training.seed, role, iteration),
-                    shared=config.critics.noise == "shared",
-                    power=config.critics.noise_power,
-                )
+                role: players.renoising(batch.coarse[:, 0].shape, _generator(training.seed, role, iteration))
                 for role in critics
             }
             factor = rate_factor(config, iteration)

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -364,8 +365,7 @@ def build_unet(
     torch.manual_seed(SEED)
     unet = new_unet().to(device)
 
-    def loss_of(generator: torch.Generator) -> Tensor:
-        size = UNET_ROUNDS["unet"].batch
+    def loss_of(size: int, generator: torch.Generator) -> Tensor:
         rows = _pick(generator, len(latents), size)
         z = latents[rows].to(device)
         ids = torch.where(torch.rand(size, 1, generator=generator) < 0.1, empty, tokens[rows]).to(device)
@@ -382,7 +382,7 @@ def build_unet(
 
     for name, stage in UNET_ROUNDS.items():
         if not (folder / name / "config.json").exists():
-            _fit(name, stage, unet, loss_of, folder)
+            _fit(name, stage, unet, partial(loss_of, stage.batch), folder)
             _save(unet, folder / name)
         unet = UNet2DConditionModel.from_pretrained(folder / name).to(device)
     return unet.eval()
