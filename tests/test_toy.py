@@ -14,9 +14,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from rapm import config as configuration
 from rapm.evaluate import toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance
-from rapm.toy import ASSETS, ORACLE, TEACHER
+from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE, TEACHER
 from rapm.toy.build import blur, to_tensor
 from rapm.toy.fit import Stage, fit
 from rapm.toy.oracle import FEATURES, Oracle
@@ -146,13 +147,16 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 def test_the_teachers_figures_clear_their_bars() -> None:
     """The shipped reference: accuracy over 1,000 held-out captions, and how much worse few steps are."""
-    teacher = protocol.load_reference("test")
+    reference = protocol.load_reference("test")
+    teacher = reference[100]
     assert len(teacher.first) == len(teacher.second) == 1000
     floor = frechet_distance(teacher.first, teacher.second)
     figures = json.loads((ASSETS / "figures-test.json").read_text())
+    assert figures["guidance_scale"] == GUIDANCE_SCALE == configuration.load(teacher="toy").trajectories.guidance_scale
     assert figures["fid_floor"] == pytest.approx(floor, rel=1e-3)
     assert figures["caption_accuracy"] == pytest.approx(float(teacher.right.mean()), abs=1e-4)
     assert figures["caption_accuracy"] >= 0.8
+    assert figures["few_steps"]["4"]["fid"] == pytest.approx(frechet_distance(reference[4].first, teacher.second), rel=1e-3)
     assert figures["few_steps"]["4"]["fid"] >= 5 * floor
     assert figures["few_steps"]["2"]["fid"] >= 20 * floor
 
