@@ -17,6 +17,7 @@ SETTINGS = (
     "device='cpu'",
     "trajectories.count=6",
     "trajectories.fine_steps=3",
+    "trajectories.guidance_scale=3.0",
     "trajectories.shard_size=6",
     "training.iterations=30",
     "training.checkpoint_every=30",
