@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,13 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rapm import config as configuration
+from rapm.errors import UserError
 from rapm.evaluate import toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance
+from rapm.network import STUDENT
+from rapm.network import TEACHER as TEACHER_ROLE
+from rapm.run import Run
+from rapm.sample import open_studio
 from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE, TEACHER
 from rapm.toy.build import blur, to_tensor
 from rapm.toy.fit import Stage, fit
@@ -179,6 +185,36 @@ def test_missed_bars_are_named() -> None:
         "diversity is 0.890, the bar is >= 0.900",
         "sharpness is 0.890, the bar is >= 0.900",
     ]
+
+
+def test_a_run_is_scored_against_the_shipped_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole protocol at small numbers: a student that is the teacher without guidance, then references that are not its."""
+    for name, value in {"ASSETS": tmp_path, "CAPTIONS": 50, "PAIRS": 50, "TIMED": 4, "MANY_STEPS": 3, "FEW_STEPS": 1}.items():
+        monkeypatch.setattr(protocol, name, value)
+    studio = open_studio(Run(tmp_path, configuration.load(teacher="toy")), student=False)
+    studio.backbone.add_role(STUDENT, 1, ("to_q",), 0)
+    oracle = Oracle.load(ORACLE)
+    with pytest.raises(UserError, match="make it with"):
+        protocol.score(studio, "test", 2)
+
+    many, few = (protocol.measure(studio, oracle, TEACHER_ROLE, steps, "test") for steps in (3, 1))
+    protocol.save_reference("test", many, few)
+    full, short, student = protocol.score(studio, "test", 2)
+    alone = protocol.measure(studio, oracle, STUDENT, 2, "test")
+    shipped = protocol.load_reference("test")[3]
+    assert [(row.steps, row.guidance_scale) for row in (full, short, student)] == [(3, 7.5), (1, 7.5), (2, 1.0)]
+    assert full.diversity == full.sharpness == 1
+    for row, measured in ((full, many), (short, few), (student, alone)):
+        # float16 features are near enough for everything that is compared
+        assert row.fid_to_teacher == pytest.approx(frechet_distance(measured.first, shipped.second), rel=0.02)
+        assert row.caption_accuracy == pytest.approx(float(measured.right.mean()))
+        assert row.sharpness == pytest.approx(float(measured.sharp.mean() / shipped.sharp.mean()), rel=0.01)
+
+    protocol.save_reference("test", replace(many, first=many.first + 0.2), few)
+    with pytest.raises(UserError, match="another teacher or oracle"):
+        protocol.score(studio, "test", 2)
+    with pytest.raises(UserError, match="has guidance scale 3;"):
+        protocol.score(replace(studio, guidance_scale=3.0), "test", 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------- trainer

@@ -33,6 +33,10 @@ def _open() -> tuple[Studio, Oracle]:
     return open_studio(Run(Path("."), configuration.load(teacher="toy")), student=False), Oracle.load(ORACLE)
 
 
+_DRAWN = ("features", "right", "sharp")
+_kept = cache(_open)
+
+
 def _draw_alone(split: Split, parts: Path, steps: int, job: protocol.Job) -> protocol.Drawn:
     """One batch, on one thread, in a process that keeps its teacher; kept in a file, so that a stop loses little."""
     file = parts / f"{steps}-{job[0]}-{job[1]}.safetensors"
@@ -42,10 +46,6 @@ def _draw_alone(split: Split, parts: Path, steps: int, job: protocol.Job) -> pro
         save_tensors(file, dict(zip(_DRAWN, protocol.draw(studio, oracle, TEACHER, steps, split, job), strict=True)))
     tensors = load_tensors(file)
     return tensors["features"], tensors["right"], tensors["sharp"]
-
-
-_DRAWN = ("features", "right", "sharp")
-_kept = cache(_open)
 
 
 def make_reference(split: Split, parts: Path) -> None:
@@ -67,8 +67,10 @@ def main() -> None:
     split: Split = (arguments := parser.parse_args()).split
     started = time.monotonic()
     if not protocol.reference_file(split).is_file():
-        unet = sha256(TEACHER_FOLDER / "unet" / "diffusion_pytorch_model.safetensors")[:8]
-        make_reference(split, arguments.out / f"reference-{split}-{unet}-guidance-{GUIDANCE_SCALE:g}")
+        # Parts of another teacher or oracle must not be taken for this one's.
+        weights = (*sorted(TEACHER_FOLDER.rglob("*.safetensors")), ORACLE)
+        made_with = "-".join([*(sha256(file)[:6] for file in weights), f"{GUIDANCE_SCALE:g}"])
+        make_reference(split, arguments.out / f"reference-{split}-{made_with}")
     reference = protocol.load_reference(split)
     teacher = reference[protocol.MANY_STEPS]
     floor = frechet_distance(teacher.first, teacher.second)
