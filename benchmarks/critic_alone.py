@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rapm import config as configuration
-from rapm.families import find_teacher
 from rapm.files import under_prefix
 from rapm.network import ABSOLUTE_CRITIC, STUDENT
 from rapm.objective import Conditioning, margin, repeat, student_step
 from rapm.run import Run
 from rapm.stages import load_backbone
+from rapm.teacher import find_teacher
 from rapm.train import Players, make_players
 from rapm.trajectories import TrajectoryStore
 

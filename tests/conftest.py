@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rapm.config import Config, parse
 from rapm.schedule import Schedule
@@ -16,35 +24,50 @@ from rapm.toy import TEACHER
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def make_unet(cross_attention_dim: int = 16) -> UNet2DConditionModel:
+SMALL = ("sd15", "sd21", "sdxl")  # the rows of the test table: small pipelines of the published kinds' own classes
+CROSS_ATTENTION = {"sd15": 16, "sd21": 1024, "sdxl": 40}  # 1024 is 2.x
+
+
+def make_unet(kind: str = "sd15") -> UNet2DConditionModel:
     torch.manual_seed(0)
+    own: dict[str, Any] = {
+        "sd15": {"attention_head_dim": 2},
+        "sd21": {"attention_head_dim": (2, 4), "use_linear_projection": True},
+        "sdxl": {
+            "attention_head_dim": (2, 4),
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+        },
+    }
+    attends_first = kind != "sdxl"  # SDXL attends in the deeper blocks only
+    down = ("CrossAttnDownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "CrossAttnUpBlock2D")
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=cross_attention_dim,
-        attention_head_dim=2,
+        down_block_types=down if attends_first else down[::-1],
+        up_block_types=up if attends_first else up[::-1],
+        layers_per_block=2 if kind == "sd21" else 1,  # by the second layer an original checkpoint of 2.x is told
+        cross_attention_dim=CROSS_ATTENTION[kind],
         norm_num_groups=8,
+        **own[kind],
     ).eval()
 
 
-def make_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-    )
+def make_scheduler(kind: str = "sd15") -> Any:
+    """As the published folders have them; for sd15 DDIM with trailing timesteps, so that a pipeline can be asked as it is."""
+    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if kind == "sdxl":
+        return EulerDiscreteScheduler(**betas, steps_offset=1, timestep_spacing="leading")
+    own = {"sd15": {"timestep_spacing": "trailing"}, "sd21": {"prediction_type": "v_prediction", "steps_offset": 1}}
+    return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, **own[kind])
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A StableDiffusionPipeline folder: latents 4 x 8 x 8, pictures 16 x 16, random weights."""
-    folder = tmp_path_factory.mktemp("teacher")
+def make_pipeline(kind: str) -> Any:
+    """A small pipeline of the published kind's classes: latents 4 x 8 x 8, pictures 16 x 16, random weights."""
     torch.manual_seed(1)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -53,30 +76,46 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
+        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
     )
     tokenizer = CLIPTokenizer.from_pretrained(TEACHER / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=make_unet(),
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+
+    def text_config(hidden: int, layers: int, act: str) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            hidden_act=act,
+            projection_dim=16,
+        )
+
+    parts: dict[str, Any] = {"vae": vae, "tokenizer": tokenizer, "unet": make_unet(kind), "scheduler": make_scheduler(kind)}
+    if kind == "sdxl":  # ten layers at least, by which an original checkpoint is told
+        second = CLIPTextModelWithProjection(text_config(24, 10, "gelu"))
+        parts |= {"text_encoder": CLIPTextModel(text_config(16, 2, "quick_gelu")), "text_encoder_2": second}
+        return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
+    text = CLIPTextModel(text_config(CROSS_ATTENTION[kind], 2, "gelu" if kind == "sd21" else "quick_gelu"))
+    left_out: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, text_encoder=text, **left_out)
+
+
+@pytest.fixture(scope="session")
+def small_teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of each of :data:`SMALL`."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in SMALL}
+    for kind, folder in folders.items():
+        make_pipeline(kind).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(small_teachers: dict[str, Path]) -> Path:
+    return small_teachers["sd15"]
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """A user's mistake is one line on stderr and exit code 2, and leaves nothing behind."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from rapm import config as configuration
 from rapm.cli import main
@@ -31,11 +31,8 @@ def rapm(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def teacher(tmp_path):
-    """As much of a diffusers folder as is read before the prompts are: index and scheduler."""
-    folder = tmp_path / "teacher"
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+def teacher(tmp_path, tiny_teacher):
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
     return "teacher"
 
 
@@ -57,7 +54,24 @@ def mistake(answer):
         ("--set seed", "--set 'seed': write KEY=VALUE, for instance training.iterations=100"),
         ("--config none.toml", "there is no config file none.toml"),
         ("--preset huge", f"there is no preset 'huge'; there are: {PRESETS}"),
-        ("--teacher nowhere", "teacher 'nowhere' is neither 'toy' nor a diffusers folder (no model_index.json in it)"),
+        ("--teacher nowhere", "teacher 'nowhere' is neither 'toy', nor a folder, nor a .safetensors file, nor a hub id"),
+        (
+            "--teacher model.ckpt",
+            "teacher 'model.ckpt' is a pickle, which may run code when it is opened; convert it to .safetensors",
+        ),
+        ("--teacher none.safetensors", "there is no file none.safetensors"),
+        ("--teacher .", "teacher '"),
+        ("--teacher-lora none.safetensors:0.8", "there is no LoRA file "),
+        ("--teacher-config .", "teacher_config goes with a single .safetensors file only"),
+        (
+            "--size 64",
+            "settings: trajectories.size: write WIDTHxHEIGHT in pixels, several with commas between: 1024x1024,896x1152",
+        ),
+        ("--size 66x64", "trajectories.size: this teacher's pictures have sides that are multiples of 16 pixels, not 66x64"),
+        (
+            "--size 64x64,64x96 --set training.batch_size=2",
+            "settings: trajectories.size names several sizes; pictures of different size fit in no batch: ",
+        ),
     ],
 )
 def test_bad_settings_create_nothing(rapm, tmp_path, command, arguments, line):
@@ -93,9 +107,10 @@ def test_what_the_settings_name_must_be_there(rapm, tmp_path, monkeypatch, teach
 @pytest.mark.parametrize("command", CREATING)
 def test_another_folder_is_left_as_it_is(rapm, tmp_path, teacher, command):
     (tmp_path / "prompts.txt").write_text("a cat\n")
+    before = sorted(file.relative_to(tmp_path / teacher) for file in (tmp_path / teacher).rglob("*"))
     line = mistake(rapm(command, "--out", teacher, "--teacher", teacher, "--prompts", "prompts.txt"))
     assert line == "teacher is not empty and holds no run (no config.toml); choose another --out"
-    assert sorted(file.name for file in (tmp_path / teacher).iterdir()) == ["model_index.json", "scheduler"]
+    assert sorted(file.relative_to(tmp_path / teacher) for file in (tmp_path / teacher).rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ON_A_RUN)

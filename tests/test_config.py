@@ -18,7 +18,7 @@ FREE = [
 ]
 ODD = {
     "teacher": 'C:\\models\\"mine"',
-    "trajectories": {"height": 512, "negative_prompt": "blurry, 低品質\n'''", "guidance_scale": 1},
+    "trajectories": {"size": "512x768,512x512", "negative_prompt": "blurry, 低品質\n'''", "guidance_scale": 1},
     "student": {"targets": ["to_q", "ff.net.2"], "learning_rate": 1e-7},
     "training": {"relative_weight": [0, 1, 2.5, 0.1], "absolute_weight": 0},
 }

@@ -47,8 +47,8 @@ def test_the_method_knows_torch_alone(name, own):
     [
         ("network.py", ["rapm.config", "rapm.families"]),
         ("critic.py", ["rapm.config", "rapm.families"]),
-        ("train.py", ["rapm.families"]),
-        *((name, ["rapm.train"]) for name in TREES if name.startswith("families/")),
+        ("train.py", ["rapm.families", "rapm.teacher"]),
+        *((name, ["rapm.train", "rapm.teacher"]) for name in TREES if name.startswith("families/")),
         *((name, ["rapm.cli"]) for name in TREES),
     ],
 )

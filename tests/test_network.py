@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from conftest import make_unet
+from conftest import CROSS_ATTENTION, SMALL, make_unet
 from peft import LoraConfig
 from torch import Tensor
 
 from rapm.config import Config
 from rapm.critic import Heads
-from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS, unet_taps
+from rapm.families import sdxl, stable_diffusion
+from rapm.families.stable_diffusion import UNET_LORA_TARGETS, unet_taps
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
 from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
@@ -21,11 +22,20 @@ from rapm.train import Batch, Learner, Players, critic_turn, student_turn
 
 ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
 GRID = Grid(slots=3, fine_steps=4)
+CALL = {"sd15": stable_diffusion.FAMILY.call, "sd21": stable_diffusion.FAMILY.call, "sdxl": sdxl.FAMILY.call}
 
 
-def backbone(checkpointing: bool = False) -> Backbone:
-    network = make_unet()
-    return Backbone(network, FAMILY.call, UNET_LORA_TARGETS, unet_taps(network), gradient_checkpointing=checkpointing)
+def backbone(checkpointing: bool = False, kind: str = "sd15") -> Backbone:
+    network = make_unet(kind)
+    return Backbone(network, CALL[kind], UNET_LORA_TARGETS, unet_taps(network), gradient_checkpointing=checkpointing)
+
+
+def make_conditioning(batch: int, kind: str, generator: torch.Generator) -> dict[str, Tensor]:
+    embeds = {"prompt_embeds": torch.randn(batch, 6, CROSS_ATTENTION[kind], generator=generator)}
+    if kind != "sdxl":
+        return embeds
+    pooled = torch.randn(batch, 16, generator=generator)
+    return embeds | {"pooled_prompt_embeds": pooled, "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(batch, 6)}
 
 
 def shake(parameters: Mapping[str, Tensor], seed: int) -> None:
@@ -35,20 +45,22 @@ def shake(parameters: Mapping[str, Tensor], seed: int) -> None:
         p.data = 0.1 * torch.randn(p.shape, generator=generator)
 
 
-def inputs(batch: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def inputs(batch: int = 2, kind: str = "sd15") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(batch, 4, 8, 8, generator=generator)
-    return z, torch.full((batch,), 500), {"prompt_embeds": torch.randn(batch, 6, 16, generator=generator)}
+    return z, torch.full((batch,), 500), make_conditioning(batch, kind, generator)
 
 
-def stored_batch(size: int = 1) -> Batch:
+def stored_batch(size: int = 1, kind: str = "sd15") -> Batch:
     generator = torch.Generator().manual_seed(6)
     coarse = torch.randn(size, GRID.slots + 1, 4, 8, 8, generator=generator)
     nudged = torch.randn(size, GRID.slots, 4, 8, 8, generator=generator)
-    return Batch(coarse, nudged, {"prompt_embeds": torch.randn(size, 6, 16, generator=generator)})
+    return Batch(coarse, nudged, make_conditioning(size, kind, generator))
 
 
-def make_players(schedule, checkpointing: bool = False, slot_batch: int = 1, loss: str = "relativistic", **weights) -> Players:
+def make_players(
+    schedule, checkpointing: bool = False, slot_batch: int = 1, loss: str = "relativistic", kind: str = "sd15", **weights
+) -> Players:
     config = Config.model_validate(
         {
             "trajectories": {"slots": GRID.slots, "fine_steps": GRID.fine_steps},
@@ -56,7 +68,7 @@ def make_players(schedule, checkpointing: bool = False, slot_batch: int = 1, los
             "training": {"slot_batch": slot_batch, **weights},
         }
     )
-    body = backbone(checkpointing)
+    body = backbone(checkpointing, kind)
     learners = {}
     for k, role in enumerate(ROLES):
         body.add_role(role, 3, UNET_LORA_TARGETS, k)
@@ -80,14 +92,14 @@ def gradients(learner: Learner) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learner.parameters.items()}
 
 
-def single_copies(players: Players) -> dict[str, Backbone]:
+def single_copies(players: Players, kind: str) -> dict[str, Backbone]:
     """One whole copy of the network for each role, its adapter added by diffusers' own plain means."""
     copies = {}
     for role in ROLES:
-        network = make_unet()
+        network = make_unet(kind)
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=list(UNET_LORA_TARGETS)), adapter_name=role)
-        alone = Backbone(network, FAMILY.call, UNET_LORA_TARGETS, unet_taps(network))
+        alone = Backbone(network, CALL[kind], UNET_LORA_TARGETS, unet_taps(network))
         alone._role = role  # always in this role: nothing is ever switched
         for name, p in alone.parameters(role).items():
             p.requires_grad_(True)
@@ -96,12 +108,12 @@ def single_copies(players: Players) -> dict[str, Backbone]:
     return copies
 
 
-def test_teacher_is_bit_equal_to_the_untouched_network() -> None:
-    z, t, conditioning = inputs()
-    untouched = make_unet()
+@pytest.mark.parametrize("kind", SMALL)
+def test_teacher_is_bit_equal_to_the_untouched_network(kind: str) -> None:
+    z, t, conditioning = inputs(kind=kind)
     with torch.no_grad():
-        expected = untouched(z, t, conditioning["prompt_embeds"]).sample
-    body = backbone()
+        expected = CALL[kind](make_unet(kind), z, t, conditioning)
+    body = backbone(kind=kind)
     for k, role in enumerate(ROLES):
         body.add_role(role, 4, UNET_LORA_TARGETS, k)
         shake(body.parameters(role), k)
@@ -176,17 +188,21 @@ def test_features_are_the_blocks_own_outputs_and_stop_there(checkpointing: bool)
         assert reached
 
 
+ROWS = [("sd15", 1, "hinge"), ("sd15", 1, "relativistic"), ("sd21", 1, "relativistic"), ("sdxl", 1, "relativistic")]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("slot_batch", "loss"), [(1, "hinge"), (1, "relativistic"), (3, "relativistic")])
+@pytest.mark.parametrize(("kind", "slot_batch", "loss"), [*ROWS, ("sd15", 3, "relativistic")])
 def test_student_gradients_equal_those_of_separate_copies(
-    ddim_schedule, checkpointing: bool, slot_batch: int, loss: str
+    ddim_schedule, checkpointing: bool, kind: str, slot_batch: int, loss: str
 ) -> None:
     """Trap 1, and no gradient across slots: the reference detaches every start and sums over slots, on whole copies."""
-    players = make_players(ddim_schedule, checkpointing, slot_batch, loss, relative_weight=[0.5, 1.0, 2.0], absolute_weight=0.7)
-    batch, renoising = stored_batch(), draws()
+    weights = {"relative_weight": [0.5, 1.0, 2.0], "absolute_weight": 0.7}
+    players = make_players(ddim_schedule, checkpointing, slot_batch, loss, kind, **weights)
+    batch, renoising = stored_batch(kind=kind), draws()
     losses = student_turn(players, batch, renoising)
 
-    copies = single_copies(players)
+    copies = single_copies(players, kind)
     expected = dict.fromkeys(losses, 0.0)
     total = torch.zeros(())
     z = batch.coarse[:, GRID.slots]
@@ -209,7 +225,8 @@ def test_student_gradients_equal_those_of_separate_copies(
             )
             distance = pseudo_huber(z_phi, target, 1e-3).mean()
             adversarial = (hinge_student(fake) if loss == "hinge" else relativistic(fake, real)).mean()
-            total = total + weight * (distance + 0.3 * adversarial) / GRID.slots
+            pull, push = (torch.autograd.grad(x, z_phi, retain_graph=True)[0].norm() for x in (distance, adversarial))
+            total = total + weight * (distance + 0.3 * pull / push * adversarial) / GRID.slots
             expected[f"{name}_distance"] += distance.item() / GRID.slots
             expected[f"{name}_adversarial"] += adversarial.item() / GRID.slots
         z = z_phi.detach()
@@ -224,16 +241,16 @@ def test_student_gradients_equal_those_of_separate_copies(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("slot_batch", "loss"), [(1, "hinge"), (1, "relativistic"), (2, "relativistic")])
+@pytest.mark.parametrize(("kind", "slot_batch", "loss"), [*ROWS, ("sd15", 2, "relativistic")])
 def test_critic_gradients_equal_those_of_separate_copies(
-    ddim_schedule, checkpointing: bool, slot_batch: int, loss: str
+    ddim_schedule, checkpointing: bool, kind: str, slot_batch: int, loss: str
 ) -> None:
-    players = make_players(ddim_schedule, checkpointing, slot_batch, loss)
+    players = make_players(ddim_schedule, checkpointing, slot_batch, loss, kind)
     critic_loss = hinge_critic if loss == "hinge" else relativistic
-    batch, renoising = stored_batch(), draws()
+    batch, renoising = stored_batch(kind=kind), draws()
     critic_turn(players, batch, renoising)
 
-    copies = single_copies(players)
+    copies = single_copies(players, kind)
     totals = dict.fromkeys(ROLES[1:], torch.zeros(()))
     heads = {role: copy.deepcopy(players.critics[role].heads).requires_grad_() for role in ROLES[1:]}
     for h in heads.values():
@@ -276,11 +293,12 @@ def test_slot_groups_change_nothing(ddim_schedule, turn) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize("turn", [student_turn, critic_turn])
-def test_only_the_roles_own_parameters_move(ddim_schedule, turn) -> None:
-    players = make_players(ddim_schedule)
+def test_only_the_roles_own_parameters_move(ddim_schedule, turn, kind: str) -> None:
+    players = make_players(ddim_schedule, kind=kind)
     before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
-    turn(players, stored_batch(), draws())
+    turn(players, stored_batch(kind=kind), draws())
     movers = [players.student] if turn is student_turn else list(players.critics.values())
     for learner in movers:
         learner.step(1.0)

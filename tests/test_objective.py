@@ -9,6 +9,7 @@ from gaussian import Gaussian
 
 from rapm.objective import (
     Renoising,
+    as_long_as,
     hinge_critic,
     hinge_student,
     margin,
@@ -229,6 +230,13 @@ def test_margin_by_hand():
     # means of real - fake: 1.25 + 1 and -1.5 in row 1; 0 - 1 and 5 in row 2
     assert margin(REAL, FAKE).tolist() == [(2.25 - 1.5) / 2, (-1 + 5) / 2]
     assert margin(REAL, REAL).tolist() == [0, 0]
+
+
+def test_as_long_as_by_hand():
+    # rows 5 and 2 long to be 10 and 0.5 long; a row to be 0 long; a row of zeros, which has no direction
+    gradient = torch.tensor([[3.0, 4.0], [0.0, -2.0], [1.0, 1.0], [0.0, 0.0]]).reshape(4, 1, 1, 2)
+    like = torch.tensor([[0.0, 10.0], [0.3, 0.4], [0.0, 0.0], [1.0, 1.0]]).reshape(4, 1, 2, 1)
+    assert as_long_as(gradient, like).flatten(1).tolist() == [[6, 8], [0, -0.5], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("loss", [hinge_critic, relativistic, margin])

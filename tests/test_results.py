@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from conftest import SMALL
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
@@ -17,20 +18,19 @@ from rapm.network import STUDENT, TEACHER
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
 from rapm.stages import distill_config, evaluate_run, export_run, read_prompts, sample_run
-from rapm.trajectories import picture_noise
+from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Run:
-    folder = tmp_path_factory.mktemp("finished")
+def distilled(teacher: Path, folder: Path, size: str = "") -> Run:
     (folder / "prompts.txt").write_text("a red star on grass\n", encoding="utf-8")
     config = Config.model_validate(
         {
-            "teacher": str(tiny_teacher),
+            "teacher": str(teacher),
             "device": "cpu",
-            "trajectories": {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0},
+            "trajectories": {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0}
+            | {"size": size},
             "student": {"rank": 4, "learning_rate": 0.02, "ema": 0.5},
             "critics": {"rank": 1, "head_width": 8},
             "training": {"iterations": 8, "warmup": 0, "gradient_checkpointing": False},
@@ -41,20 +41,41 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Ru
     return run
 
 
-def test_the_exported_lora_gives_the_same_latents_in_diffusers(finished: Run, tiny_teacher: Path) -> None:
-    studio = open_studio(finished)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Run:
+    return distilled(tiny_teacher, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
+    finished: Run, small_teachers: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    run = finished if kind == "sd15" else distilled(small_teachers[kind], tmp_path)
+    studio = open_studio(run)
     own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(small_teachers[kind], safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(run.export, subfolder="scheduler")
     z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
 
-    def draw() -> torch.Tensor:
-        return pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=z, output_type="latent").images
+    def draw(output_type: str = "latent") -> torch.Tensor:
+        return pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=z, output_type=output_type).images
 
     before = draw()
-    pipeline.load_lora_weights(str(finished.export))
-    pipeline.scheduler = DDIMScheduler.from_pretrained(finished.export, subfolder="scheduler")
+    pipeline.load_lora_weights(str(run.export))
     assert (draw() - own).abs().max() < 1e-3
     assert (before - own).abs().max() > 1e-2  # the LoRA does something
+    images = studio.images(STUDENT, PROMPTS, [3, 4], 4)
+    torch.testing.assert_close(draw("pt") * 2 - 1, images, rtol=0, atol=1e-3)
+
+
+def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Prompts and sizes both come in turn, and a prompt sees every size; pictures are of the first."""
+    run = distilled(small_teachers["sdxl"], tmp_path, "16x24,32x16")
+    store = TrajectoryStore.open(run.trajectories)
+    assert [tuple(store[k].coarse.shape) for k in range(4)] == [(5, 4, 12, 8), (5, 4, 8, 16)] * 2
+    assert [store[k].conditioning["time_ids"].tolist() for k in range(2)] == [[24, 16, 0, 0, 24, 16], [16, 32, 0, 0, 16, 32]]
+    assert [size_index(k, prompts=2, sizes=2) for k in range(8)] == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert open_studio(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
 
 
 def test_the_file_carries_its_alpha_and_scale(finished: Run) -> None:
@@ -84,7 +105,7 @@ def test_export_is_the_average_and_can_be_repeated(finished: Run) -> None:
 def test_few_step_teacher_equals_the_pipeline(finished: Run, tiny_teacher: Path) -> None:
     studio = open_studio(finished)
     own = studio.latents(TEACHER, PROMPTS, [3, 4], num_steps=5)
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
     z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
     expected = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=2.0, latents=z, output_type="latent").images
     assert (own - expected).abs().max() < 1e-4

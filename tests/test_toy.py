@@ -214,7 +214,8 @@ def test_a_run_is_scored_against_the_shipped_reference(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="another teacher or oracle"):
         protocol.score(studio, "test", 2)
     with pytest.raises(UserError, match="has guidance scale 3;"):
-        protocol.score(replace(studio, guidance_scale=3.0), "test", 2)
+        studio.guidance_scale = 3.0
+        protocol.score(studio, "test", 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------- trainer

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.families import find_teacher
 from rapm.network import TEACHER, Backbone
 from rapm.run import Run
 from rapm.sample import open_studio
 from rapm.schedule import Grid
 from rapm.stages import make_trajectories
+from rapm.teacher import find_teacher
 from rapm.trajectories import TrajectoryStore, guided, noise, rollout
 
 PROMPT = "a red star and a blue ring on grass"
@@ -30,7 +31,8 @@ def test_rollout_ends_where_the_pipeline_ends(
     tiny_teacher: Path, slots: int, fine_steps: int, guidance_scale: float, negative_prompt: str
 ) -> None:
     teacher = find_teacher(str(tiny_teacher))
-    pipeline = teacher.load_pipeline(torch.float32, "cpu")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
     z = torch.stack([noise(0, k, (4, 8, 8)) for k in range(2)])
     expected = pipeline(
         [PROMPT, "one white cross on brick"],
@@ -42,7 +44,7 @@ def test_rollout_ends_where_the_pipeline_ends(
     ).images
     backbone = Backbone(pipeline.unet, teacher.family.call, teacher.family.lora_targets)
     conditioning = teacher.family.encode(pipeline, [PROMPT, "one white cross on brick"])
-    denoiser = guided(backbone, teacher.family.encode(pipeline, [negative_prompt]), guidance_scale)
+    denoiser = guided(backbone, teacher.family.unconditional(pipeline, negative_prompt), guidance_scale)
     with backbone.role(TEACHER):
         coarse, nudged = rollout(denoiser, teacher.schedule, Grid(slots, fine_steps), z, conditioning)
     assert coarse.shape == (2, slots + 1, 4, 8, 8)
@@ -90,7 +92,7 @@ def test_a_store_gives_back_what_was_rolled_out(tiny_config: Config, tmp_path: P
     prompts = ["a red star on grass", "a blue ring on sand", "one white cross on brick"]
     assert [store[k].prompt for k in range(6)] == prompts * 2
     studio = open_studio(run, student=False)
-    embeds = studio.family.encode(studio.pipeline, prompts)["prompt_embeds"]
+    embeds = studio.encode(prompts)[0]["prompt_embeds"]
     for k in range(6):
         assert torch.equal(store[k].coarse[3], noise(0, k, (4, 8, 8)))
         assert torch.equal(store[k].conditioning["prompt_embeds"], embeds[k % 3])

@@ -21,7 +21,22 @@ app = typer.Typer(
 )
 
 OutOption = Annotated[Path, typer.Option("--out", help="The run's folder; the same command again goes on with it.")]
-TeacherOption = Annotated[str | None, typer.Option(help="'toy', or a folder in diffusers' layout.")]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(
+        help="'toy', a folder in diffusers' layout, a .safetensors checkpoint, a hub id, 'random:sd15' or 'random:sdxl'."
+    ),
+]
+TeacherConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="For a .safetensors checkpoint: a folder in diffusers' layout of the same kind, to do without the hub."),
+]
+TeacherLoraOption = Annotated[
+    list[str] | None, typer.Option("--teacher-lora", help="A LoRA to fuse into the teacher, FILE or FILE:STRENGTH; repeatable.")
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Pictures' size, WIDTHxHEIGHT; several with commas between. The teacher's own when left out.")
+]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings, a TOML file.")]
 PresetOption = Annotated[str | None, typer.Option(help="A shipped configuration, by name.")]
 PromptsOption = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
@@ -35,7 +50,10 @@ RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
 def distill(
     out: OutOption,
     teacher: TeacherOption = None,
+    teacher_config: TeacherConfigOption = None,
+    teacher_lora: TeacherLoraOption = None,
     prompts: PromptsOption = None,
+    size: SizeOption = None,
     config: ConfigOption = None,
     preset: PresetOption = None,
     settings: SettingsOption = None,
@@ -44,7 +62,16 @@ def distill(
     from rapm import stages
     from rapm.config import load
 
-    chosen = load(config, preset=preset, teacher=teacher, prompts=prompts, settings=settings or ())
+    chosen = load(
+        config,
+        preset=preset,
+        teacher=teacher,
+        teacher_config=teacher_config,
+        teacher_loras=teacher_lora or (),
+        prompts=prompts,
+        size=size,
+        settings=settings or (),
+    )
     run = stages.distill_config(chosen, out)
     if run is None:
         print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
@@ -58,7 +85,10 @@ def distill(
 def trajectories(
     out: OutOption,
     teacher: TeacherOption = None,
+    teacher_config: TeacherConfigOption = None,
+    teacher_lora: TeacherLoraOption = None,
     prompts: PromptsOption = None,
+    size: SizeOption = None,
     config: ConfigOption = None,
     preset: PresetOption = None,
     settings: SettingsOption = None,
@@ -67,7 +97,16 @@ def trajectories(
     from rapm import stages
     from rapm.config import load
 
-    chosen = load(config, preset=preset, teacher=teacher, prompts=prompts, settings=settings or ())
+    chosen = load(
+        config,
+        preset=preset,
+        teacher=teacher,
+        teacher_config=teacher_config,
+        teacher_loras=teacher_lora or (),
+        prompts=prompts,
+        size=size,
+        settings=settings or (),
+    )
     run = stages.open_run(chosen, out)
     with run.locked():
         store = stages.make_trajectories(run)
@@ -157,7 +196,11 @@ def evaluate(
 
 def main() -> None:
     """Runs a command; a user's mistake is one line and exit code 2."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of image processors that nothing here uses
+    for library in (
+        "TRANSFORMERS",
+        "DIFFUSERS",
+    ):  # they warn of image processors and casts that are none of the user's business
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except (UserError, OSError) as error:  # an OSError here is a disk that is full or a folder that may not be written

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rapm.errors import UserError
 from rapm.schedule import Grid
@@ -22,6 +24,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Kind = Literal["relative", "absolute"]  # of position, and of everything that is compared with it
 Fraction = Annotated[float, Field(ge=0, le=1)]
+_SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 
 class Section(BaseModel):
@@ -47,16 +50,25 @@ class Trajectories(Section):
     """The teacher's, baked into the student; 1 is none."""
     negative_prompt: str = ""
     """What the teacher is guided away from."""
-    height: Positive | None = None
-    """Pixels; the teacher's own size when left out."""
-    width: Positive | None = None
-    """Pixels; the teacher's own size when left out."""
+    size: str = ""
+    """Pixels, WIDTHxHEIGHT; several, separated by commas, are taken in turn. Empty: the teacher's own."""
     seed: int = 0
     """Trajectory k starts from the noise of (seed, k)."""
     batch_size: Positive = 8
     """Trajectories rolled out side by side; costs memory, changes nothing."""
     shard_size: Positive = 32
     """Trajectories in a file; what a kill can cost."""
+
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """(width, height) of each size; None for the teacher's own."""
+        return [(int(w), int(h)) for w, h in _SIZE.findall(self.size)] or [None]
+
+    @field_validator("size")
+    @classmethod
+    def _is_sizes(cls, text: str) -> str:
+        if text and not re.fullmatch(rf"{_SIZE.pattern}(, *{_SIZE.pattern})*", text):
+            raise ValueError("write WIDTHxHEIGHT in pixels, several with commas between: 1024x1024,896x1152")
+        return text
 
 
 class Student(Section):
@@ -75,8 +87,9 @@ class Student(Section):
 class Critics(Section):
     """The two discriminators' LoRA and heads, and how they learn."""
 
-    adversarial_weight: Weight = 0.1
-    """Of the adversarial terms beside the distances; 0 leaves the critics out, and every turn is the student's."""
+    adversarial_weight: Weight = 0.4
+    """Length of the adversarial gradient at the student's position over that of the distance's, in every slot and of each kind;
+    0 leaves the critics out, and every turn is the student's."""
     loss: Literal["relativistic", "hinge"] = "relativistic"
     """Which of the two is the teacher's (relativistic), or whether each one is (hinge, as PCM has it)."""
     noise: Literal["shared", "independent"] = "shared"
@@ -139,7 +152,12 @@ class Config(Section):
     """A whole run."""
 
     teacher: str = "toy"
-    """``toy`` or a folder in diffusers' layout."""
+    """``toy``; a folder in diffusers' layout; a .safetensors checkpoint; a hub id, ``owner/name`` or ``owner/name@revision``;
+    ``random:sd15`` or ``random:sdxl``."""
+    teacher_config: str = ""
+    """For a single .safetensors checkpoint: folder in diffusers' layout with the configs and tokenizers that go with it."""
+    teacher_loras: list[str] = []
+    """LoRA files to fuse into the teacher, ``FILE`` or ``FILE:STRENGTH``, in diffusers' or kohya's form."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the frozen network computes in; adapters, losses and positions are float32 always. (No float16: gradients of these
     losses are smaller than it can hold.)"""
@@ -163,6 +181,10 @@ class Config(Section):
         if self.critics.adversarial_weight and self.critics.start + self.critics.head_start >= 1:
             raise ValueError(
                 "critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"
+            )
+        if self.training.batch_size > 1 and len(self.trajectories.sizes()) > 1:
+            raise ValueError(
+                "trajectories.size names several sizes; pictures of different size fit in no batch: training.batch_size = 1"
             )
         if not any(self.slot_weights("relative") + self.slot_weights("absolute")):
             raise ValueError("training.relative_weight and training.absolute_weight are both 0: nothing to learn")
@@ -293,7 +315,10 @@ def load(
     *,
     preset: str | None = None,
     teacher: str | None = None,
+    teacher_config: Path | None = None,
+    teacher_loras: Sequence[str] = (),
     prompts: Path | None = None,
+    size: str | None = None,
     settings: Sequence[str] = (),
 ) -> Config:
     """Puts a configuration together: defaults, then the preset, then the file, then single settings.
@@ -301,8 +326,8 @@ def load(
     Args:
         file: TOML file.
         preset: name of a shipped one; the toy teacher takes ``toy`` by itself.
-        teacher: overrides the teacher; a folder is kept as an absolute path, as a run may go on from another place.
-        prompts: overrides the prompt file; kept as an absolute path too.
+        teacher: overrides the teacher; a folder or file is kept as an absolute path, as a run may go on from another place.
+        teacher_config, teacher_loras, prompts, size: override those settings; paths are kept absolute too.
         settings: ``section.key=value`` each.
 
     Raises:
@@ -312,9 +337,15 @@ def load(
     given = [_read(file)] if file else []
     given += [_setting(text) for text in settings]
     if teacher:
-        given.append({"teacher": str(Path(teacher).resolve()) if Path(teacher).is_dir() else teacher})
+        given.append({"teacher": str(Path(teacher).resolve()) if Path(teacher).exists() else teacher})
+    if teacher_config:
+        given.append({"teacher_config": str(teacher_config.resolve())})
+    if teacher_loras:
+        given.append({"teacher_loras": [os.path.abspath(lora) for lora in teacher_loras]})  # with the strength at its end
     if prompts:
         given.append({"trajectories": {"prompts": str(prompts.resolve())}})
+    if size:
+        given.append({"trajectories": {"size": size}})
     source = next((t["teacher"] for t in reversed(given) if "teacher" in t), "toy")
     if preset is None and source == "toy":
         preset = "toy"

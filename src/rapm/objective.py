@@ -162,6 +162,18 @@ def margin(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     return torch.stack([(r - f).flatten(1).mean(1) for r, f in zip(real, fake, strict=True)]).mean(0)
 
 
+def as_long_as(gradient: Tensor, like: Tensor) -> Tensor:
+    """``gradient`` with the norm of ``like``, row by row; both [B, C, H, W].
+
+    Zeros stay zeros: norms below 1e-12 count as 1e-12.
+
+    What weighs the adversarial gradient against the distance's by length, whatever the critic's temper (the idea of VQGAN's
+    adaptive weight, arXiv 2012.09841, equation 7, at the student's position instead of a decoder's last layer).
+    """
+    have, want = (x.flatten(1).norm(dim=1)[:, None, None, None] for x in (gradient, like))
+    return gradient * (want / have.clamp(min=1e-12))
+
+
 @dataclass(frozen=True)
 class Renoising:
     """What a critic is shown: at which timestep, and under which noise, for each slot (first axis n = 0 ... N - 1).

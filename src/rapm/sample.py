@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.families import Family, find_teacher
 from rapm.files import complete_or_absent, under_prefix
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, Denoiser
 from rapm.run import Run
 from rapm.schedule import Schedule, trailing_timesteps
+from rapm.teacher import Teacher, teacher_of
 from rapm.trajectories import guided, picture_noise
 
 
@@ -30,45 +30,71 @@ def sample(denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Cond
     return z
 
 
-@dataclass(frozen=True)
 class Studio:
-    """A pipeline with its network as a backbone: draws pictures of a teacher or of a run's student.
+    """A teacher and, if there is one, its student, to draw pictures with.
 
-    Attributes:
+    Text encoders and VAE are loaded when the first prompt or picture asks for them; the encoders are on the GPU only while
+    they encode.
+
+    Args:
+        backbone: the teacher's network; with a student's role or without.
+        size: of the pictures, (width, height) in pixels; None is the teacher's own.
         guidance_scale: the teacher's.
-        unconditional: conditioning of the negative prompt, [1, ...].
     """
 
-    family: Family
-    pipeline: Any
-    backbone: Backbone
-    schedule: Schedule
-    guidance_scale: float
-    unconditional: Conditioning
-    shape: tuple[int, int, int]
+    def __init__(
+        self,
+        teacher: Teacher,
+        backbone: Backbone,
+        *,
+        guidance_scale: float,
+        negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.teacher, self.backbone, self.guidance_scale = teacher, backbone, guidance_scale
+        self.negative_prompt = negative_prompt
+        self.shape = teacher.latent_shape(size)
+        self._of_size = teacher.family.of_size(*(size or teacher.size()))
+
+    @cached_property
+    def _texts(self) -> Any:
+        return self.teacher.load(self.teacher.family.text_parts, self.backbone.dtype, "cpu")
+
+    @cached_property
+    def _pictures(self) -> Any:
+        return self.teacher.load(["vae"], self.backbone.dtype, str(self.backbone.device))
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+        """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...]."""
+        texts, family = self._texts.to(self.backbone.device), self.teacher.family
+        try:
+            sizes = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in self._of_size.items()}
+            return family.encode(texts, prompts) | sizes, family.unconditional(texts, self.negative_prompt)
+        finally:
+            texts.to("cpu")
 
     @torch.no_grad()
     def latents(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:
         """Latents [n, C, h, w] of prompt i from the noise of seed i, by the teacher (guided) or the student (guidance 1)."""
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
-        conditioning = self.family.encode(self.pipeline, prompts)
+        conditioning, unconditional = self.encode(prompts)
         scale = self.guidance_scale if role == TEACHER else 1.0
-        denoiser = guided(self.backbone, self.unconditional, scale)
+        denoiser = guided(self.backbone, unconditional, scale)
         done = []
         with self.backbone.role(role):
             for start in range(0, len(z), batch_size):
                 rows = slice(start, start + batch_size)
                 own = {name: value[rows] for name, value in conditioning.items()}
-                done.append(sample(denoiser, self.schedule, z[rows].to(self.backbone.device), own, num_steps))
+                done.append(sample(denoiser, self.teacher.schedule, z[rows].to(self.backbone.device), own, num_steps))
         return torch.cat(done)
 
     def images(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:
         """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
-        return self.family.decode(self.pipeline, self.latents(role, prompts, seeds, num_steps, batch_size))
+        return self.teacher.family.decode(self._pictures, self.latents(role, prompts, seeds, num_steps, batch_size))
 
 
 def open_studio(run: Run, *, student: bool = True) -> Studio:
-    """Loads what a run's pictures take: its teacher's pipeline and, unless told not to, its trained student.
+    """Loads what a run's pictures take: its teacher's network and, unless told not to, its trained student.
 
     Raises:
         UserError: the run's teacher is gone, or the run has no checkpoint yet.
@@ -77,21 +103,19 @@ def open_studio(run: Run, *, student: bool = True) -> Studio:
     step, state = run.load_checkpoint() if student else (0, {})
     if student and not step:
         raise UserError(f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'")
-    teacher = find_teacher(config.teacher)
-    pipeline = teacher.load_pipeline(config.torch_dtype, config.torch_device)
+    teacher = teacher_of(config)
     family = teacher.family
-    backbone = Backbone(getattr(pipeline, family.network), family.call, family.lora_targets)
+    backbone = Backbone(teacher.load_network(config.torch_dtype, config.torch_device), family.call, family.lora_targets)
     if student:
         backbone.add_role(STUDENT, config.student.rank, config.student.targets or family.lora_targets, 0)
         backbone.load(STUDENT, under_prefix("average", state))
+    settings = config.trajectories
     return Studio(
-        family,
-        pipeline,
+        teacher,
         backbone,
-        teacher.schedule,
-        config.trajectories.guidance_scale,
-        family.encode(pipeline, [config.trajectories.negative_prompt]),
-        family.latent_shape(pipeline, config.trajectories.height, config.trajectories.width),
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        size=settings.sizes()[0],
     )
 
 

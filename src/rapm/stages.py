@@ -16,11 +16,12 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.evaluate import toy_protocol
-from rapm.families import Teacher, ddim_scheduler, find_teacher
 from rapm.files import complete_or_absent_folder, share, write_json
 from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.objective import Conditioning
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
+from rapm.teacher import Teacher, teacher_of
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store
@@ -61,7 +62,9 @@ def open_run(config: Config, out: Path) -> Run:
     Raises:
         UserError: no such teacher, prompts or device, or the folder holds something else.
     """
-    _ = find_teacher(config.teacher), _prompts(config), config.torch_device
+    teacher, _, _ = teacher_of(config), _prompts(config), config.torch_device
+    for size in config.trajectories.sizes():
+        teacher.latent_shape(size)
     return Run.open(out, config)
 
 
@@ -76,7 +79,7 @@ def _facts(config: Config, teacher: Teacher) -> dict[str, Any]:
         "grid": [settings.slots, settings.fine_steps, settings.delta],
         "guidance_scale": settings.guidance_scale,
         "negative_prompt": settings.negative_prompt,
-        "size": [settings.height, settings.width],
+        "size": settings.size,
         "seed": settings.seed,
         "count": settings.count,
         "precision": config.precision,
@@ -92,18 +95,16 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         UserError: the prompts, the teacher or an existing store are not as they must be.
     """
     config, settings = run.config, run.config.trajectories
-    teacher, prompts = find_teacher(config.teacher), _prompts(config)
+    teacher, prompts = teacher_of(config), _prompts(config)
     facts = _facts(config, teacher) | {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
     if check_facts(run.trajectories, facts):
         return TrajectoryStore.open(run.trajectories)
-    device = config.torch_device
-    pipeline = teacher.load_pipeline(config.torch_dtype, device)
-    family = teacher.family
-    backbone = Backbone(getattr(pipeline, family.network), family.call, family.lora_targets)
+    device, family = config.torch_device, teacher.family
+    sizes = [(teacher.latent_shape(size), family.of_size(*(size or teacher.size()))) for size in settings.sizes()]
+    conditioning, unconditional = _encode(teacher, prompts, config)
+    backbone = Backbone(teacher.load_network(config.torch_dtype, device), family.call, family.lora_targets)
     for targets in (config.student.targets, config.critics.targets):
         backbone.check_targets(targets)  # now, and not after hours of rollout
-    conditioning = family.encode(pipeline, prompts)
-    unconditional = family.encode(pipeline, [settings.negative_prompt])
     with backbone.role(TEACHER):
         return make_store(
             run.trajectories,
@@ -112,7 +113,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
             config.grid(),
             prompts=prompts,
             conditioning=conditioning,
-            shape=family.latent_shape(pipeline, settings.height, settings.width),
+            sizes=sizes,
             count=settings.count,
             seed=settings.seed,
             batch_size=settings.batch_size,
@@ -120,6 +121,15 @@ def make_trajectories(run: Run) -> TrajectoryStore:
             facts=facts,
             device=device,
         )
+
+
+def _encode(teacher: Teacher, prompts: Sequence[str], config: Config) -> tuple[Conditioning, Conditioning]:
+    """Of the prompts and of the negative prompt. The text encoders are gone when this returns: the rollout has the GPU."""
+    texts = teacher.load(teacher.family.text_parts, config.torch_dtype, config.torch_device)
+    negative = config.trajectories.negative_prompt
+    encoded = teacher.family.encode(texts, prompts), teacher.family.unconditional(texts, negative)
+    texts.to("cpu")
+    return encoded
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
@@ -146,7 +156,7 @@ def train_run(run: Run) -> bool:
     """
     if run.checkpoint_steps()[-1:] == [run.config.training.iterations]:
         return True
-    teacher = find_teacher(run.config.teacher)
+    teacher = teacher_of(run.config)
     check_facts(run.trajectories, _facts(run.config, teacher))
     store = TrajectoryStore.open(run.trajectories)
     return train(run, load_backbone(teacher, run.config), store, teacher.schedule)
@@ -178,11 +188,11 @@ def export_run(run: Run) -> Path:
     Training is at scale 1 (alpha = rank) and the metadata say so, so the file loads at strength 1.0.
     """
     studio, config = open_studio(run), run.config
-    backbone = studio.backbone
+    teacher, backbone = studio.teacher, studio.backbone
     with complete_or_absent_folder(run.export) as folder:
-        studio.family.save_lora(folder, backbone.lora_state(STUDENT), backbone.configs[STUDENT].to_dict())
+        teacher.family.save_lora(folder, backbone.lora_state(STUDENT), backbone.configs[STUDENT].to_dict())
         share(folder / LORA_FILE)
-        ddim_scheduler(studio.pipeline.scheduler.config).save_pretrained(folder / "scheduler")
+        teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
         card = CARD.format(
             teacher=config.teacher,
             steps=config.trajectories.slots,
@@ -254,7 +264,10 @@ def distill(
     teacher: str = "toy",
     out: str | Path = "runs/distilled",
     *,
+    teacher_config: str | Path | None = None,
+    teacher_loras: Sequence[str] = (),
     prompts: str | Path | None = None,
+    size: str | None = None,
     config: str | Path | None = None,
     preset: str | None = None,
     settings: Sequence[str] = (),
@@ -262,9 +275,10 @@ def distill(
     """The whole chain: trajectories, training, export, a sheet of pictures. Call it again to go on where it stopped.
 
     Args:
-        teacher: ``toy`` or a folder in diffusers' layout.
+        teacher: see :func:`rapm.teacher.find_teacher`, and there for ``teacher_config`` and ``teacher_loras``.
         out: the run's folder.
         prompts: text file with one prompt a line; the toy teacher can do without.
+        size: of the pictures, WIDTHxHEIGHT; several with commas between.
         config: TOML file.
         preset: a shipped configuration.
         settings: ``section.key=value`` each.
@@ -275,8 +289,16 @@ def distill(
     Raises:
         UserError: something given is wrong; nothing that was written before is lost.
     """
-    files = Path(config) if config else None, Path(prompts) if prompts else None
-    chosen = configuration.load(files[0], preset=preset, teacher=teacher, prompts=files[1], settings=settings)
+    chosen = configuration.load(
+        Path(config) if config else None,
+        preset=preset,
+        teacher=teacher,
+        teacher_config=Path(teacher_config) if teacher_config else None,
+        teacher_loras=teacher_loras,
+        prompts=Path(prompts) if prompts else None,
+        size=size,
+        settings=settings,
+    )
     return distill_config(chosen, Path(out))
 
 

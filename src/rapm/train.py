@@ -24,6 +24,7 @@ from rapm.objective import (
     Conditioning,
     Positions,
     Renoising,
+    as_long_as,
     hinge_critic,
     hinge_student,
     margin,
@@ -160,29 +161,30 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
             leaf = z_phi.detach().requires_grad_()
             gradient = torch.zeros_like(leaf)
         targets: dict[Kind, Tensor] = {"relative": at.relative, "absolute": at.absolute}
-        for kind, target in targets.items():
+        for role, kind in _KIND.items():
             weight = players.slot_weight(kind, slots, len(z))
-            if weight.any():
-                distance = players.distance(leaf, target)
-                gradient += torch.autograd.grad((weight * distance).sum(), leaf)[0]
-                sums[f"{kind}_distance"] = sums.get(f"{kind}_distance", 0.0) + float(distance.detach().sum()) / (
-                    players.grid.slots * len(z)
-                )
-        for role, draws in renoising.items():
-            t, real_noise, fake_noise = draws.of(slots, device)
-            with backbone.role(role):
-                fake = players.logits(role, players.shown(slots, leaf, t, fake_noise), t, at.conditioning)
-                if players.config.critics.loss == "hinge":
-                    loss = hinge_student(fake)
-                else:
-                    shown = players.shown(slots, targets[_KIND[role]], t, real_noise)
-                    with torch.no_grad():
-                        real = players.logits(role, shown, t, at.conditioning)
-                    loss = relativistic(fake, real)
-                weight = players.config.critics.adversarial_weight * players.slot_weight(_KIND[role], slots, len(z))
-                gradient += torch.autograd.grad((weight * loss).sum(), leaf)[0]
-            name = f"{_KIND[role]}_adversarial"
-            sums[name] = sums.get(name, 0.0) + float(loss.detach().sum()) / (players.grid.slots * len(z))
+            if not weight.any():
+                continue
+            losses = {"distance": players.distance(leaf, targets[kind])}
+            pull = torch.autograd.grad(losses["distance"].sum(), leaf)[0]
+            if role in renoising:
+                t, real_noise, fake_noise = renoising[role].of(slots, device)
+                with backbone.role(role):
+                    fake = players.logits(role, players.shown(slots, leaf, t, fake_noise), t, at.conditioning)
+                    if players.config.critics.loss == "hinge":
+                        adversarial = hinge_student(fake)
+                    else:
+                        shown = players.shown(slots, targets[kind], t, real_noise)
+                        with torch.no_grad():
+                            real = players.logits(role, shown, t, at.conditioning)
+                        adversarial = relativistic(fake, real)
+                    push = torch.autograd.grad(adversarial.sum(), leaf)[0]
+                pull += players.config.critics.adversarial_weight * as_long_as(push, pull)
+                losses["adversarial"] = adversarial
+            gradient += weight[:, None, None, None] * pull
+            for name, loss in losses.items():
+                share = float(loss.detach().sum()) / (players.grid.slots * len(z))
+                sums[f"{kind}_{name}"] = sums.get(f"{kind}_{name}", 0.0) + share
         with backbone.role(STUDENT):
             z_phi.backward(gradient)
         z = z_phi.detach()[-len(z) :]

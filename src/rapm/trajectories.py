@@ -15,24 +15,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.files import save_tensors, sha256, write_json
+from rapm.files import load_tensors, save_tensors, sha256, under_prefix, with_prefix, write_json
 from rapm.objective import Conditioning, Denoiser
 from rapm.progress import track
 from rapm.schedule import Grid, Schedule
 
-MANIFEST = "manifest.json"
+MANIFEST, CONDITIONING = "manifest.json", "conditioning.safetensors"
 
 
 def guided(denoiser: Denoiser, unconditional: Conditioning, guidance_scale: float) -> Denoiser:
     """Classifier-free guidance: uncond + scale (cond - uncond), both in one pass; scale 1 asks for no second half.
 
-    ``unconditional`` is one prompt, [1, ...] each.
+    ``unconditional`` is one prompt, [1, ...] each; what it does not name (a picture's size) is the same for both.
     """
     if guidance_scale == 1:
         return denoiser
 
     def both(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        merged = {k: torch.cat([unconditional[k].to(v).expand_as(v), v]) for k, v in conditioning.items()}
+        merged = {k: torch.cat([unconditional.get(k, v).to(v).expand_as(v), v]) for k, v in conditioning.items()}
         without, with_ = denoiser(torch.cat([z, z]), torch.cat([t, t]), merged).chunk(2)
         return without + guidance_scale * (with_ - without)
 
@@ -104,8 +104,8 @@ class TrajectoryStore:
         self.shard_size: int = manifest["shard_size"]
         self._shards: dict[int, Any] = {}
         self._prompts: list[str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "prompts.safetensors", "pt") as file:
-            self._conditioning = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = load_tensors(folder / CONDITIONING)
+        self._of_prompt, self._of_size = under_prefix("prompt", tensors), under_prefix("size", tensors)
 
     @classmethod
     def open(cls, folder: Path) -> TrajectoryStore:
@@ -140,14 +140,20 @@ class TrajectoryStore:
         if shard not in self._shards:
             self._shards[shard] = safe_open(self.folder / shard_name(shard), "pt")
         file = self._shards[shard]
-        prompt = index % len(self._prompts)
+        prompt, size = index % len(self._prompts), size_index(index, len(self._prompts), self.manifest["sizes"])
+        of_prompt, of_size = self._of_prompt.items(), self._of_size.items()
         return Trajectory(
-            coarse=file.get_slice("coarse")[row],
-            nudged=file.get_slice("nudged")[row],
-            conditioning={key: value[prompt] for key, value in self._conditioning.items()},
+            coarse=file.get_tensor(f"coarse.{row}"),
+            nudged=file.get_tensor(f"nudged.{row}"),
+            conditioning={key: value[prompt] for key, value in of_prompt} | {key: value[size] for key, value in of_size},
             prompt=self._prompts[prompt],
             index=index,
         )
+
+
+def size_index(index: int, prompts: int, sizes: int) -> int:
+    """Which size a trajectory has: in turn, one further each time the prompts begin again, so that each prompt sees all."""
+    return (index % prompts + index // prompts) % sizes
 
 
 def shard_name(shard: int) -> str:
@@ -167,7 +173,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         manifest = None
-    if not isinstance(manifest, dict) or not {"files", "fingerprint", "facts", "shard_size", "count"} <= manifest.keys():
+    if (
+        not isinstance(manifest, dict)
+        or not {"files", "fingerprint", "facts", "shard_size", "count", "sizes"} <= manifest.keys()
+    ):
         raise UserError(f"{file} is damaged; delete it and run 'rapm trajectories' again: finished shards are kept")
     return manifest
 
@@ -201,7 +210,7 @@ def make_store(
     *,
     prompts: Sequence[str],
     conditioning: Conditioning,
-    shape: Sequence[int],
+    sizes: Sequence[tuple[Sequence[int], Conditioning]],
     count: int,
     seed: int,
     batch_size: int,
@@ -216,8 +225,8 @@ def make_store(
         denoiser: the teacher, guided.
         prompts: trajectory k has prompt k modulo their number.
         conditioning: of the prompts, [n, ...].
-        shape: of a latent, (C, H, W).
-        batch_size: trajectories side by side.
+        sizes: of the pictures: each a latent's shape (C, H, W), and what of the conditioning depends on it, [1, ...].
+        batch_size: trajectories of one size side by side.
         shard_size: trajectories a file.
         facts: everything the trajectories depend on, as JSON; two stores with equal facts hold the same trajectories.
 
@@ -232,24 +241,30 @@ def make_store(
         for shard, start in enumerate(starts):
             if done[shard]:
                 continue
+            tensors = {}
             rows = range(start, min(start + shard_size, count))
-            pieces = []
-            for first in range(rows.start, rows.stop, batch_size):
-                batch = range(first, min(first + batch_size, rows.stop))
-                z = torch.stack([noise(seed, k, shape) for k in batch]).to(device)
-                own = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
-                pieces.append(rollout(denoiser, schedule, grid, z, own))
-                bar.update(len(batch))
-            coarse, nudged = (torch.cat(parts).cpu() for parts in zip(*pieces, strict=True))
-            save_tensors(folder / shard_name(shard), {"coarse": coarse, "nudged": nudged}, {"fingerprint": mark})
+            for size, (shape, of_size) in enumerate(sizes):
+                own = [k for k in rows if size_index(k, len(prompts), len(sizes)) == size]
+                for batch in (own[first : first + batch_size] for first in range(0, len(own), batch_size)):
+                    z = torch.stack([noise(seed, k, shape) for k in batch]).to(device)
+                    of_prompt = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
+                    repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in of_size.items()}
+                    coarse, nudged = rollout(denoiser, schedule, grid, z, of_prompt | repeated)
+                    for row, k in enumerate(batch):
+                        tensors[f"coarse.{k - start}"], tensors[f"nudged.{k - start}"] = coarse[row].cpu(), nudged[row].cpu()
+                    bar.update(len(batch))
+            save_tensors(folder / shard_name(shard), tensors, {"fingerprint": mark})
     write_json(folder / "prompts.json", list(prompts))
-    save_tensors(folder / "prompts.safetensors", conditioning, {"fingerprint": mark})
-    names = [*(shard_name(shard) for shard in range(len(starts))), "prompts.json", "prompts.safetensors"]
+    of_size = {name: torch.cat([own[name] for _, own in sizes]) for name in sizes[0][1]}
+    known = with_prefix("prompt", conditioning) | with_prefix("size", of_size)
+    save_tensors(folder / CONDITIONING, known, {"fingerprint": mark})
+    names = [*(shard_name(shard) for shard in range(len(starts))), "prompts.json", CONDITIONING]
     manifest = {
         "fingerprint": mark,
         "facts": facts,
         "count": count,
         "shard_size": shard_size,
+        "sizes": len(sizes),
         "files": {name: sha256(folder / name) for name in names},
     }
     write_json(folder / MANIFEST, manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from rapm.errors import UserError
-from rapm.families import Family
+from rapm.families import Configs, Family
 from rapm.objective import Conditioning
 
 UNET_LORA_TARGETS = (
@@ -26,18 +25,27 @@ def unet_taps(network: nn.Module) -> list[str]:
     return [*(f"down_blocks.{i}" for i in range(len(blocks))), "mid_block"]
 
 
-def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    return network(z, t, conditioning["prompt_embeds"], return_dict=False)[0]
+def unet_latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """A side is a multiple of what the VAE and the UNet's downsampling take together.
+
+    Raises:
+        ValueError: it is not.
+    """
+    unet, vae = configs("unet"), configs("vae")
+    if size is None:
+        own = unet["sample_size"]
+        return unet["in_channels"], own, own
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    unit = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    width, height = size
+    if width % unit or height % unit:
+        raise ValueError(f"this teacher's pictures have sides that are multiples of {unit} pixels, not {width}x{height}")
+    return unet["in_channels"], height // factor, width // factor
 
 
-@torch.no_grad()
-def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-    rows = []
-    for start in range(0, len(prompts), 64):
-        batch = list(prompts[start : start + 64])
-        embeds, _ = pipeline.encode_prompt(batch, pipeline.device, 1, do_classifier_free_guidance=False)
-        rows.append(embeds.float().cpu())
-    return {"prompt_embeds": torch.cat(rows)}
+def in_batches(prompts: Sequence[str], size: int = 64) -> Iterator[list[str]]:
+    for start in range(0, len(prompts), size):
+        yield list(prompts[start : start + size])
 
 
 @torch.no_grad()
@@ -51,19 +59,14 @@ def decode_with_vae(pipeline: Any, z: Tensor) -> Tensor:
     return torch.cat(images).clamp(-1, 1)
 
 
-def latent_shape_of_unet(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """A size must be a multiple of what the VAE and the UNet's downsampling take together.
+def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    return network(z, t, conditioning["prompt_embeds"], return_dict=False)[0]
 
-    Raises:
-        UserError: it is not.
-    """
-    factor, config = pipeline.vae_scale_factor, pipeline.unet.config
-    unit = factor * 2 ** (len(config.block_out_channels) - 1)
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels and pixels % unit:
-            raise UserError(f"trajectories.{name} = {pixels}: this teacher's pictures have sides that are multiples of {unit}")
-    size = config.sample_size
-    return config.in_channels, (height // factor if height else size), (width // factor if width else size)
+
+@torch.no_grad()
+def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    rows = [pipeline.encode_prompt(batch, pipeline.device, 1, False)[0].float().cpu() for batch in in_batches(prompts)]
+    return {"prompt_embeds": torch.cat(rows)}
 
 
 def _save_lora(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -74,11 +77,15 @@ def _save_lora(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any])
 FAMILY = Family(
     pipeline=StableDiffusionPipeline,
     network="unet",
+    text_parts=("tokenizer", "text_encoder"),
+    single_file=("v1", "v2"),
     lora_targets=UNET_LORA_TARGETS,
     taps=unet_taps,
     call=_call,
     encode=_encode,
+    unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
+    of_size=lambda width, height: {},
+    latent_shape=unet_latent_shape,
     decode=decode_with_vae,
-    latent_shape=latent_shape_of_unet,
     save_lora=_save_lora,
 )

@@ -1,0 +1,64 @@
+"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, a pooled embedding, and the picture's size as conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from rapm.families import Family
+from rapm.families.stable_diffusion import UNET_LORA_TARGETS, decode_with_vae, in_batches, unet_latent_shape, unet_taps
+from rapm.objective import Conditioning
+
+
+def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
+    return network(z, t, conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+@torch.no_grad()
+def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    embeds, pooled = [], []
+    for batch in in_batches(prompts):
+        found = pipeline.encode_prompt(batch, device=pipeline.device, do_classifier_free_guidance=False)
+        embeds.append(found[0].float().cpu())
+        pooled.append(found[2].float().cpu())
+    return {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
+
+
+def _unconditional(pipeline: Any, negative: str) -> dict[str, Tensor]:
+    """No negative prompt is zeros where the teacher was trained so, as its pipeline does when none is given."""
+    encoded = _encode(pipeline, [negative])
+    zeros = not negative and pipeline.config.force_zeros_for_empty_prompt
+    return {name: torch.zeros_like(value) for name, value in encoded.items()} if zeros else encoded
+
+
+def _of_size(width: int, height: int) -> dict[str, Tensor]:
+    """Original size, crop's corner and target size, (height, width) each: a picture that was never scaled nor cropped."""
+    return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
+
+
+def _save_lora(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    layers: Any = state
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+
+
+FAMILY = Family(
+    pipeline=StableDiffusionXLPipeline,
+    network="unet",
+    text_parts=("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
+    single_file=("xl_base",),
+    lora_targets=UNET_LORA_TARGETS,
+    taps=unet_taps,
+    call=_call,
+    encode=_encode,
+    unconditional=_unconditional,
+    of_size=_of_size,
+    latent_shape=unet_latent_shape,
+    decode=decode_with_vae,
+    save_lora=_save_lora,
+)
