@@ -24,7 +24,9 @@ OutOption = Annotated[Path, typer.Option("--out", help="The run's folder; the sa
 TeacherOption = Annotated[str | None, typer.Option(help="'toy', or a folder in diffusers' layout.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings, a TOML file.")]
 PresetOption = Annotated[str | None, typer.Option(help="A shipped configuration, by name.")]
-PromptsOption = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
+PromptsOption = Annotated[
+    str | None, typer.Option(help="A .txt, .csv, .tsv, .jsonl or .parquet file, or hub:OWNER/NAME[@REVISION][:SPLIT].")
+]
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, KEY=VALUE, such as training.iterations=1000; repeatable.")
 ]
@@ -45,8 +47,9 @@ def distill(
     from rapm.config import load
 
     chosen = load(config, preset=preset, teacher=teacher, prompts=prompts, settings=settings or ())
-    run = stages.distill_config(chosen, out)
-    if run is None:
+    run = stages.open_run(chosen, out)
+    print(stages.describe_prompts(run))
+    if not stages.distill_run(run):
         print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
         raise typer.Exit(130)
     print(f"LoRA for diffusers: {run.export / stages.LORA_FILE}")
@@ -69,6 +72,7 @@ def trajectories(
 
     chosen = load(config, preset=preset, teacher=teacher, prompts=prompts, settings=settings or ())
     run = stages.open_run(chosen, out)
+    print(stages.describe_prompts(run))
     with run.locked():
         store = stages.make_trajectories(run)
     print(f"{len(store)} trajectories in {store.folder}")

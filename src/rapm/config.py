@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rapm.errors import UserError
+from rapm.prompts import is_hub
 from rapm.schedule import Grid
 
 PRESETS = Path(__file__).parent / "configs"
@@ -34,7 +35,7 @@ class Trajectories(Section):
     """What is precomputed: the teacher's sampling trajectories."""
 
     prompts: str = ""
-    """Text file with one prompt a line. Empty: the toy teacher's own captions."""
+    """A .txt, .csv, .tsv, .jsonl or .parquet file, or ``hub:OWNER/NAME``. Empty: the toy teacher's own captions."""
     count: Positive = 1000
     """Number of trajectories; prompts are taken in order, over again when there are fewer."""
     slots: Annotated[int, Field(ge=1, le=16)] = 4
@@ -52,7 +53,7 @@ class Trajectories(Section):
     width: Positive | None = None
     """Pixels; the teacher's own size when left out."""
     seed: int = 0
-    """Trajectory k starts from the noise of (seed, k)."""
+    """Trajectory k starts from the noise of (seed, k), unless its prompt has a seed of its own."""
     batch_size: Positive = 8
     """Trajectories rolled out side by side; costs memory, changes nothing."""
     shard_size: Positive = 32
@@ -293,7 +294,7 @@ def load(
     *,
     preset: str | None = None,
     teacher: str | None = None,
-    prompts: Path | None = None,
+    prompts: str | Path | None = None,
     settings: Sequence[str] = (),
 ) -> Config:
     """Puts a configuration together: defaults, then the preset, then the file, then single settings.
@@ -302,7 +303,7 @@ def load(
         file: TOML file.
         preset: name of a shipped one; the toy teacher takes ``toy`` by itself.
         teacher: overrides the teacher; a folder is kept as an absolute path, as a run may go on from another place.
-        prompts: overrides the prompt file; kept as an absolute path too.
+        prompts: overrides the prompts; a file is kept as an absolute path too.
         settings: ``section.key=value`` each.
 
     Raises:
@@ -314,7 +315,7 @@ def load(
     if teacher:
         given.append({"teacher": str(Path(teacher).resolve()) if Path(teacher).is_dir() else teacher})
     if prompts:
-        given.append({"trajectories": {"prompts": str(prompts.resolve())}})
+        given.append({"trajectories": {"prompts": str(prompts if is_hub(prompts) else Path(prompts).resolve())}})
     source = next((t["teacher"] for t in reversed(given) if "teacher" in t), "toy")
     if preset is None and source == "toy":
         preset = "toy"

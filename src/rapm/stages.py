@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from rapm.evaluate import toy_protocol
 from rapm.families import Teacher, ddim_scheduler, find_teacher
 from rapm.files import complete_or_absent_folder, share, write_json
 from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
 from rapm.toy import scenes
@@ -28,31 +30,15 @@ from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; empty lines are passed over.
-
-    Raises:
-        UserError: there is no such file, it is no text, or it holds no prompt.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"there is no prompt file {file}") from None
-    except (UnicodeDecodeError, OSError):
-        raise UserError(f"{file} is not a text file with one prompt a line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{file} holds no prompts; write one prompt a line")
-    return prompts
-
-
-def _prompts(config: Config) -> list[str]:
+def _prompts(config: Config) -> PromptList:
     settings = config.trajectories
     if settings.prompts:
-        return read_prompts(Path(settings.prompts))
+        return read_prompts(settings.prompts)
     if config.teacher != "toy":
-        raise UserError("trajectories.prompts names no file; give one with --prompts FILE, one prompt a line")
-    return scenes.captions(settings.count, settings.seed, "train")
+        raise UserError(
+            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out prompts.txt' makes one)"
+        )
+    return PromptList([Prompt(caption) for caption in scenes.captions(settings.count, settings.seed, "train")], 0)
 
 
 def open_run(config: Config, out: Path) -> Run:
@@ -63,6 +49,19 @@ def open_run(config: Config, out: Path) -> Run:
     """
     _ = find_teacher(config.teacher), _prompts(config), config.torch_device
     return Run.open(out, config)
+
+
+def describe_prompts(run: Run) -> str:
+    """One line about a run's prompts: how many there are, were left out, and are longer than the teacher reads.
+
+    Raises:
+        UserError: the prompts or the teacher are not as they must be.
+    """
+    prompts, used = _prompts(run.config), run.config.trajectories.count
+    tokenizers = find_teacher(run.config.teacher).load_tokenizers()
+    limit = token_limit(tokenizers)
+    longer = count_longer([prompt.text for prompt in prompts.prompts[:used]], tokenizers, limit)
+    return report(prompts, used, longer, limit)
 
 
 # ------------------------------------------------------------------------------------------------------------- trajectories
@@ -92,8 +91,10 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         UserError: the prompts, the teacher or an existing store are not as they must be.
     """
     config, settings = run.config, run.config.trajectories
-    teacher, prompts = find_teacher(config.teacher), _prompts(config)
-    facts = _facts(config, teacher) | {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    teacher = find_teacher(config.teacher)
+    prompts = _prompts(config).prompts[: settings.count]  # no trajectory has one of the others, and encoding them takes memory
+    listed = json.dumps([[prompt.text, prompt.seed] for prompt in prompts])
+    facts = _facts(config, teacher) | {"prompts": hashlib.sha256(listed.encode()).hexdigest()}
     if check_facts(run.trajectories, facts):
         return TrajectoryStore.open(run.trajectories)
     device = config.torch_device
@@ -102,7 +103,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
     backbone = Backbone(getattr(pipeline, family.network), family.call, family.lora_targets)
     for targets in (config.student.targets, config.critics.targets):
         backbone.check_targets(targets)  # now, and not after hours of rollout
-    conditioning = family.encode(pipeline, prompts)
+    conditioning = family.encode(pipeline, [prompt.text for prompt in prompts])
     unconditional = family.encode(pipeline, [settings.negative_prompt])
     with backbone.role(TEACHER):
         return make_store(
@@ -218,7 +219,7 @@ def sample_run(
     studio = open_studio(run)
     if not prompts:
         is_toy = run.config.teacher == "toy" and not run.config.trajectories.prompts
-        prompts = scenes.captions(count, 1, "validation") if is_toy else _prompts(run.config)
+        prompts = scenes.captions(count, 1, "validation") if is_toy else [p.text for p in _prompts(run.config).prompts]
     texts = [prompts[i % len(prompts)] for i in range(count)]
     seeds = range(seed, seed + count)
     scale = studio.guidance_scale
@@ -264,7 +265,7 @@ def distill(
     Args:
         teacher: ``toy`` or a folder in diffusers' layout.
         out: the run's folder.
-        prompts: text file with one prompt a line; the toy teacher can do without.
+        prompts: a file, or ``hub:OWNER/NAME``, see :func:`rapm.prompts.read_prompts`; the toy teacher can do without.
         config: TOML file.
         preset: a shipped configuration.
         settings: ``section.key=value`` each.
@@ -275,18 +276,23 @@ def distill(
     Raises:
         UserError: something given is wrong; nothing that was written before is lost.
     """
-    files = Path(config) if config else None, Path(prompts) if prompts else None
-    chosen = configuration.load(files[0], preset=preset, teacher=teacher, prompts=files[1], settings=settings)
+    file = Path(config) if config else None
+    chosen = configuration.load(file, preset=preset, teacher=teacher, prompts=prompts, settings=settings)
     return distill_config(chosen, Path(out))
 
 
 def distill_config(config: Config, out: Path) -> Run | None:
     """:func:`distill` with its settings already put together."""
     run = open_run(config, out)
+    return run if distill_run(run) else None
+
+
+def distill_run(run: Run) -> bool:
+    """:func:`distill` with its run already open. Returns False when the user stopped it."""
     with run.locked():
         make_trajectories(run)
         if not train_run(run):
-            return None
+            return False
         export_run(run)
         sample_run(run)
-    return run
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rapm.errors import UserError
 from rapm.files import save_tensors, sha256, write_json
 from rapm.objective import Conditioning, Denoiser
 from rapm.progress import track
+from rapm.prompts import Prompt
 from rapm.schedule import Grid, Schedule
 
 MANIFEST = "manifest.json"
@@ -77,6 +78,17 @@ def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
+def noise_of(trajectory: int, prompts: Sequence[Prompt], seed: int) -> tuple[int, int]:
+    """Seed and index of the noise of trajectory k, with n prompts: (seed, k), or (own, -2 - k // n) if its prompt has its own.
+
+    Indices below -1 are kept for those prompts: where ``own`` is ``seed``, their noise is still that of no other trajectory and
+    of no picture. Two prompts with the same seed of their own do start from the same noise, as they were told to.
+    """
+    pass_, prompt = divmod(trajectory, len(prompts))
+    own = prompts[prompt].seed
+    return (seed, trajectory) if own is None else (own, -2 - pass_)
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One stored trajectory; positions float32 on the CPU.
@@ -86,13 +98,14 @@ class Trajectory:
         nudged: [N, C, H, W], indexed by the slot they start.
         conditioning: of its prompt, without a batch axis.
         prompt: its text.
-        index: k; its noise is ``noise(seed, k)``.
+        seed, index: its noise is ``noise(seed, index)``.
     """
 
     coarse: Tensor
     nudged: Tensor
     conditioning: Conditioning
     prompt: str
+    seed: int
     index: int
 
 
@@ -103,7 +116,7 @@ class TrajectoryStore:
         self.folder, self.manifest = folder, manifest
         self.shard_size: int = manifest["shard_size"]
         self._shards: dict[int, Any] = {}
-        self._prompts: list[str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        self._prompts = [Prompt(**each) for each in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))]
         with safe_open(folder / "prompts.safetensors", "pt") as file:
             self._conditioning = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
@@ -141,12 +154,14 @@ class TrajectoryStore:
             self._shards[shard] = safe_open(self.folder / shard_name(shard), "pt")
         file = self._shards[shard]
         prompt = index % len(self._prompts)
+        noise_seed, noise_index = noise_of(index, self._prompts, self.manifest["seed"])
         return Trajectory(
             coarse=file.get_slice("coarse")[row],
             nudged=file.get_slice("nudged")[row],
             conditioning={key: value[prompt] for key, value in self._conditioning.items()},
-            prompt=self._prompts[prompt],
-            index=index,
+            prompt=self._prompts[prompt].text,
+            seed=noise_seed,
+            index=noise_index,
         )
 
 
@@ -167,8 +182,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         manifest = None
-    if not isinstance(manifest, dict) or not {"files", "fingerprint", "facts", "shard_size", "count"} <= manifest.keys():
-        raise UserError(f"{file} is damaged; delete it and run 'rapm trajectories' again: finished shards are kept")
+    if (
+        not isinstance(manifest, dict)
+        or not {"files", "fingerprint", "facts", "shard_size", "count", "seed"} <= manifest.keys()
+    ):
+        raise UserError(
+            f"{file} is damaged or of another version; delete it and run 'rapm trajectories' again: finished shards are kept"
+        )
     return manifest
 
 
@@ -199,7 +219,7 @@ def make_store(
     schedule: Schedule,
     grid: Grid,
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     conditioning: Conditioning,
     shape: Sequence[int],
     count: int,
@@ -214,7 +234,7 @@ def make_store(
     Args:
         folder: the store's; made when it is not there.
         denoiser: the teacher, guided.
-        prompts: trajectory k has prompt k modulo their number.
+        prompts: trajectory k has prompt k modulo their number, and the noise that :func:`noise_of` says.
         conditioning: of the prompts, [n, ...].
         shape: of a latent, (C, H, W).
         batch_size: trajectories side by side.
@@ -236,13 +256,13 @@ def make_store(
             pieces = []
             for first in range(rows.start, rows.stop, batch_size):
                 batch = range(first, min(first + batch_size, rows.stop))
-                z = torch.stack([noise(seed, k, shape) for k in batch]).to(device)
+                z = torch.stack([noise(*noise_of(k, prompts, seed), shape) for k in batch]).to(device)
                 own = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
                 pieces.append(rollout(denoiser, schedule, grid, z, own))
                 bar.update(len(batch))
             coarse, nudged = (torch.cat(parts).cpu() for parts in zip(*pieces, strict=True))
             save_tensors(folder / shard_name(shard), {"coarse": coarse, "nudged": nudged}, {"fingerprint": mark})
-    write_json(folder / "prompts.json", list(prompts))
+    write_json(folder / "prompts.json", [asdict(prompt) for prompt in prompts])
     save_tensors(folder / "prompts.safetensors", conditioning, {"fingerprint": mark})
     names = [*(shard_name(shard) for shard in range(len(starts))), "prompts.json", "prompts.safetensors"]
     manifest = {
@@ -250,6 +270,7 @@ def make_store(
         "facts": facts,
         "count": count,
         "shard_size": shard_size,
+        "seed": seed,
         "files": {name: sha256(folder / name) for name in names},
     }
     write_json(folder / MANIFEST, manifest)

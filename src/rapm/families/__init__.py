@@ -103,6 +103,19 @@ class Teacher:
             raise UserError(f"teacher '{self.source}' cannot be loaded: {_first_line(error)}") from None
         return network.to(device)
 
+    def load_tokenizers(self) -> list[Any]:
+        """All that a prompt goes through, each with its own limit.
+
+        Raises:
+            UserError: one is missing or damaged.
+        """
+        try:
+            index = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+            parts = [part for part in index if part.startswith("tokenizer")]
+            return [getattr(transformers, index[part][1]).from_pretrained(self.folder, subfolder=part) for part in parts]
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"teacher '{self.source}' cannot be loaded: {_first_line(error)}") from None
+
 
 def ddim_scheduler(config: Any) -> Any:
     """The DDIM scheduler of a teacher, whatever scheduler its config is of: its betas, trailing timesteps, nothing clipped.
