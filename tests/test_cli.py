@@ -13,6 +13,7 @@ from rapm.cli import main
 
 CREATING = ["distill", "trajectories"]
 ON_A_RUN = ["train", "export", "sample", "evaluate"]
+ON_NOTHING = ["prompts"]
 PRESETS = ", ".join(configuration.presets())
 
 
@@ -145,7 +146,7 @@ finally:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "[]"
-    assert all(command in done.stdout for command in CREATING + ON_A_RUN)
+    assert all(command in done.stdout for command in CREATING + ON_A_RUN + ON_NOTHING)
 
 
 def test_the_line_stands_alone_in_a_process_of_its_own(tmp_path, teacher):

@@ -79,6 +79,22 @@ def trajectories(
 
 
 @app.command()
+def prompts(
+    out: Annotated[Path, typer.Option("--out", help="The .txt file to write, one prompt a line.")],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Another seed, other prompts.")] = 0,
+) -> None:
+    """Write prompts out of a built-in grammar, for those who have none."""
+    from rapm.files import write_text
+    from rapm.grammar import compose
+
+    if out.suffix.lower() != ".txt":
+        raise UserError(f"--out {out}: prompts are written one a line, into a file that ends in .txt")
+    write_text(out, "\n".join(compose(count, seed)) + "\n")
+    print(f"{count:,} prompt{'s' * (count > 1)} in {out}")
+
+
+@app.command()
 def train(run: RunArgument) -> None:
     """Train the student of a run that has its trajectories, or go on with it."""
     from rapm import stages
