@@ -13,6 +13,7 @@ from rapm.cli import main
 
 CREATING = ["distill", "trajectories"]
 ON_A_RUN = ["train", "export", "sample", "evaluate"]
+ON_NOTHING = ["prompts"]
 PRESETS = ", ".join(configuration.presets())
 
 
@@ -85,9 +86,12 @@ def test_bad_settings_create_nothing(rapm, tmp_path, command, arguments, line):
     [
         ("--prompts none.txt", "there is no prompt file none.txt"),
         ("--prompts 2024", "there is no prompt file 2024"),
-        ("--prompts empty.txt", "empty.txt holds no prompts; write one prompt a line"),
-        ("--prompts teacher", "teacher is not a text file with one prompt a line"),
-        ("", "trajectories.prompts names no file; give one with --prompts FILE, one prompt a line"),
+        ("--prompts empty.txt", "empty.txt holds no prompts"),
+        ("--prompts teacher", "there is no prompt file teacher"),
+        (
+            "",
+            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out prompts.txt' makes one)",
+        ),
         (
             "--prompts good.txt --set device=cuda",
             "device = 'cuda' but torch sees no GPU; use 'cpu' or 'auto', or install torch for your GPU",
@@ -126,7 +130,16 @@ def test_a_wrong_split(rapm):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["distil --out run", "distill", "distill --out run --rank 4", "train", "sample run --count 0", "sample run --seed x"],
+    [
+        "distil --out run",
+        "distill",
+        "prompts",
+        "prompts --out a.txt --count 0",
+        "distill --out run --rank 4",
+        "train",
+        "sample run --count 0",
+        "sample run --seed x",
+    ],
 )
 def test_a_command_that_cannot_be_parsed(rapm, tmp_path, arguments):
     code, _, err = rapm(*arguments.split())
@@ -148,7 +161,7 @@ finally:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "[]"
-    assert all(command in done.stdout for command in CREATING + ON_A_RUN)
+    assert all(command in done.stdout for command in CREATING + ON_A_RUN + ON_NOTHING)
 
 
 def test_the_line_stands_alone_in_a_process_of_its_own(tmp_path, teacher):

@@ -1,6 +1,7 @@
 """Settings: where they come from, what is refused and in which words."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_the_teacher_given_by_itself_wins_over_file_and_setting(tmp_path):
     assert load(file).teacher == "file"
     assert load(file, settings=["teacher=setting"]).teacher == "setting"
     assert load(file, settings=["teacher=setting"], teacher="own").teacher == "own"
+
+
+def test_a_prompt_file_is_kept_as_an_absolute_path_and_a_hub_data_set_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(prompts="mine.csv").trajectories.prompts == str(tmp_path / "mine.csv")
+    assert load(prompts=Path("mine.csv")).trajectories.prompts == str(tmp_path / "mine.csv")
+    assert load(prompts="hub:them/theirs@v2:train[:9]").trajectories.prompts == "hub:them/theirs@v2:train[:9]"
 
 
 def test_a_setting_is_toml_or_else_text():

@@ -17,7 +17,7 @@ from rapm.errors import UserError
 from rapm.network import STUDENT, TEACHER
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.stages import distill_config, evaluate_run, export_run, read_prompts, sample_run
+from rapm.stages import distill_config, evaluate_run, export_run, sample_run
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -144,12 +144,3 @@ def test_a_finished_run_is_skipped_stage_by_stage(finished: Run) -> None:
 def test_only_the_toy_world_is_scored(finished: Run) -> None:
     with pytest.raises(UserError, match="only the toy teacher has an oracle"):
         evaluate_run(finished)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"", "holds no prompts"), (b"\n \n", "holds no prompts"), (b"\xff\xfe\x00", "is not a text")]
-)
-def test_bad_prompt_files(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "prompts.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_prompts(tmp_path / "prompts.txt")

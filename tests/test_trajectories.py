@@ -14,12 +14,13 @@ from diffusers import StableDiffusionPipeline
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.network import TEACHER, Backbone
+from rapm.prompts import Prompt
 from rapm.run import Run
 from rapm.sample import open_studio
 from rapm.schedule import Grid
 from rapm.stages import make_trajectories
 from rapm.teacher import find_teacher
-from rapm.trajectories import TrajectoryStore, guided, noise, rollout
+from rapm.trajectories import TrajectoryStore, guided, noise, noise_of, rollout
 
 PROMPT = "a red star and a blue ring on grass"
 
@@ -100,6 +101,59 @@ def test_a_store_gives_back_what_was_rolled_out(tiny_config: Config, tmp_path: P
         store[6]
 
 
+def test_a_prompts_own_seed_replaces_the_runs(tiny_config: Config, tiny_prompts: Path, tmp_path: Path) -> None:
+    plain = make_trajectories(Run.open(tmp_path / "plain", tiny_config))
+    file = tiny_prompts.with_suffix(".csv")
+    file.write_text("prompt,seed\na red star on grass,\na blue ring on sand,0\none white cross on brick,7\n", encoding="utf-8")
+    config = tiny_config.model_copy(
+        update={"trajectories": tiny_config.trajectories.model_copy(update={"prompts": str(file), "count": 7})}
+    )
+    store = make_trajectories(Run.open(tmp_path / "seeded", config))
+    expected = [(0, 0), (0, -2), (7, -2), (0, 3), (0, -3), (7, -3), (0, 6)]
+    assert [(store[k].seed, store[k].index) for k in range(7)] == expected
+    for k, (seed, index) in enumerate(expected):
+        assert torch.equal(store[k].coarse[3], noise(seed, index, (4, 8, 8)))
+    for k in (0, 3):
+        torch.testing.assert_close(store[k].coarse, plain[k].coarse, rtol=0, atol=1e-4)
+    opened = TrajectoryStore.open(store.folder)
+    assert [(opened[k].prompt, opened[k].seed) for k in (1, 2)] == [("a blue ring on sand", 0), ("one white cross on brick", 7)]
+    assert json.loads((store.folder / "prompts.json").read_text())[1] == {"text": "a blue ring on sand", "seed": 0}
+
+
+def test_no_two_trajectories_and_no_picture_start_from_the_same_noise() -> None:
+    """Whatever seeds the prompts bring, the run's own included; only prompts with the same seed share, pass by pass."""
+    prompts = [Prompt("a"), Prompt("b", 0), Prompt("c", 1), Prompt("d"), Prompt("e", 1)]
+    noises = [noise_of(k, prompts, 0) for k in range(200)]
+    assert len({*noises}) == 160
+    assert all(noises[5 * r + 2] == noises[5 * r + 4] == (1, -2 - r) for r in range(40))
+    assert not {*noises} & {(seed, -1) for seed in range(9)}
+
+
+def test_prompts_that_no_trajectory_has_are_left_out(tiny_config: Config, tiny_prompts: Path, tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", tiny_config)
+    store = make_trajectories(run)
+    tiny_prompts.write_text(tiny_prompts.read_text() + "a\nb\nc\n")
+    with pytest.raises(UserError, match="made with another prompts"):
+        make_trajectories(run)
+    two = tiny_config.trajectories.model_copy(update={"count": 2})
+    short = Run.open(tmp_path / "two", tiny_config.model_copy(update={"trajectories": two}))
+    assert len(json.loads((make_trajectories(short).folder / "prompts.json").read_text())) == 2
+    tiny_prompts.write_text("a red star on grass\na blue ring on sand\n")
+    assert [make_trajectories(short)[k].prompt for k in range(2)] == [store[k].prompt for k in range(2)]
+
+
+@pytest.mark.parametrize("change", ["a red star on grass,1", "a red stair on grass,"])
+def test_another_text_or_seed_is_another_set_of_prompts(tiny_config: Config, tmp_path: Path, change: str) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,seed\na red star on grass,\n")
+    settings = tiny_config.trajectories.model_copy(update={"prompts": str(file), "count": 1})
+    run = Run.open(tmp_path / "run", tiny_config.model_copy(update={"trajectories": settings}))
+    make_trajectories(run)
+    file.write_text(f"prompt,seed\n{change}\n")
+    with pytest.raises(UserError, match="made with another prompts"):
+        make_trajectories(run)
+
+
 def test_a_killed_rollout_goes_on_and_gives_the_same_files(tiny_config: Config, tmp_path: Path) -> None:
     whole = make_trajectories(Run.open(tmp_path / "whole", tiny_config)).folder
     run = Run.open(tmp_path / "killed", tiny_config)
@@ -128,6 +182,9 @@ def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None
         TrajectoryStore.open(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
+        make_trajectories(run)
+    (folder / "manifest.json").write_text('{"files": {}, "fingerprint": "", "facts": {}, "shard_size": 4, "count": 6}')
+    with pytest.raises(UserError, match="is damaged or of another version; delete it"):
         make_trajectories(run)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="no finished trajectory store"):

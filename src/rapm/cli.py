@@ -39,7 +39,9 @@ SizeOption = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings, a TOML file.")]
 PresetOption = Annotated[str | None, typer.Option(help="A shipped configuration, by name.")]
-PromptsOption = Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")]
+PromptsOption = Annotated[
+    str | None, typer.Option(help="A .txt, .csv, .tsv, .jsonl or .parquet file, or hub:OWNER/NAME[@REVISION][:SPLIT].")
+]
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, KEY=VALUE, such as training.iterations=1000; repeatable.")
 ]
@@ -72,8 +74,9 @@ def distill(
         size=size,
         settings=settings or (),
     )
-    run = stages.distill_config(chosen, out)
-    if run is None:
+    run = stages.open_run(chosen, out)
+    print(stages.describe_prompts(run))
+    if not stages.distill_run(run):
         print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
         raise typer.Exit(130)
     print(f"LoRA for diffusers: {run.export / stages.LORA_FILE}")
@@ -108,9 +111,26 @@ def trajectories(
         settings=settings or (),
     )
     run = stages.open_run(chosen, out)
+    print(stages.describe_prompts(run))
     with run.locked():
         store = stages.make_trajectories(run)
     print(f"{len(store)} trajectories in {store.folder}")
+
+
+@app.command()
+def prompts(
+    out: Annotated[Path, typer.Option("--out", help="The .txt file to write, one prompt a line.")],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Another seed, other prompts.")] = 0,
+) -> None:
+    """Write prompts out of a built-in grammar, for those who have none."""
+    from rapm.files import write_text
+    from rapm.grammar import compose
+
+    if out.suffix.lower() != ".txt":
+        raise UserError(f"--out {out}: prompts are written one a line, into a file that ends in .txt")
+    write_text(out, "\n".join(compose(count, seed)) + "\n")
+    print(f"{count:,} prompt{'s' * (count > 1)} in {out}")
 
 
 @app.command()

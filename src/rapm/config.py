@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rapm.errors import UserError
+from rapm.prompts import is_hub
 from rapm.schedule import Grid
 
 PRESETS = Path(__file__).parent / "configs"
@@ -37,7 +38,7 @@ class Trajectories(Section):
     """What is precomputed: the teacher's sampling trajectories."""
 
     prompts: str = ""
-    """Text file with one prompt a line. Empty: the toy teacher's own captions."""
+    """A .txt, .csv, .tsv, .jsonl or .parquet file, or ``hub:OWNER/NAME``. Empty: the toy teacher's own captions."""
     count: Positive = 1000
     """Number of trajectories; prompts are taken in order, over again when there are fewer."""
     slots: Annotated[int, Field(ge=1, le=16)] = 4
@@ -53,7 +54,7 @@ class Trajectories(Section):
     size: str = ""
     """Pixels, WIDTHxHEIGHT; several, separated by commas, are taken in turn. Empty: the teacher's own."""
     seed: int = 0
-    """Trajectory k starts from the noise of (seed, k)."""
+    """Trajectory k starts from the noise of (seed, k), unless its prompt has a seed of its own."""
     batch_size: Positive = 8
     """Trajectories rolled out side by side; costs memory, changes nothing."""
     shard_size: Positive = 32
@@ -317,7 +318,7 @@ def load(
     teacher: str | None = None,
     teacher_config: Path | None = None,
     teacher_loras: Sequence[str] = (),
-    prompts: Path | None = None,
+    prompts: str | Path | None = None,
     size: str | None = None,
     settings: Sequence[str] = (),
 ) -> Config:
@@ -327,7 +328,7 @@ def load(
         file: TOML file.
         preset: name of a shipped one; the toy teacher takes ``toy`` by itself.
         teacher: overrides the teacher; a folder or file is kept as an absolute path, as a run may go on from another place.
-        teacher_config, teacher_loras, prompts, size: override those settings; paths are kept absolute too.
+        teacher_config, teacher_loras, prompts, size: override those settings; files and folders are kept absolute too.
         settings: ``section.key=value`` each.
 
     Raises:
@@ -343,7 +344,7 @@ def load(
     if teacher_loras:
         given.append({"teacher_loras": [os.path.abspath(lora) for lora in teacher_loras]})  # with the strength at its end
     if prompts:
-        given.append({"trajectories": {"prompts": str(prompts.resolve())}})
+        given.append({"trajectories": {"prompts": str(prompts if is_hub(prompts) else Path(prompts).resolve())}})
     if size:
         given.append({"trajectories": {"size": size}})
     source = next((t["teacher"] for t in reversed(given) if "teacher" in t), "toy")

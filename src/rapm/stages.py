@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from rapm.evaluate import toy_protocol
 from rapm.files import complete_or_absent_folder, share, write_json
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
+from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
 from rapm.teacher import Teacher, teacher_of
@@ -29,31 +31,15 @@ from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; empty lines are passed over.
-
-    Raises:
-        UserError: there is no such file, it is no text, or it holds no prompt.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"there is no prompt file {file}") from None
-    except (UnicodeDecodeError, OSError):
-        raise UserError(f"{file} is not a text file with one prompt a line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{file} holds no prompts; write one prompt a line")
-    return prompts
-
-
-def _prompts(config: Config) -> list[str]:
+def _prompts(config: Config) -> PromptList:
     settings = config.trajectories
     if settings.prompts:
-        return read_prompts(Path(settings.prompts))
+        return read_prompts(settings.prompts)
     if config.teacher != "toy":
-        raise UserError("trajectories.prompts names no file; give one with --prompts FILE, one prompt a line")
-    return scenes.captions(settings.count, settings.seed, "train")
+        raise UserError(
+            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out prompts.txt' makes one)"
+        )
+    return PromptList([Prompt(caption) for caption in scenes.captions(settings.count, settings.seed, "train")], 0)
 
 
 def open_run(config: Config, out: Path) -> Run:
@@ -66,6 +52,19 @@ def open_run(config: Config, out: Path) -> Run:
     for size in config.trajectories.sizes():
         teacher.latent_shape(size)
     return Run.open(out, config)
+
+
+def describe_prompts(run: Run) -> str:
+    """One line about a run's prompts: how many there are, were left out, and are longer than the teacher reads.
+
+    Raises:
+        UserError: the prompts or the teacher are not as they must be.
+    """
+    prompts, used = _prompts(run.config), run.config.trajectories.count
+    tokenizers = teacher_of(run.config).load_tokenizers()
+    limit = token_limit(tokenizers)
+    longer = count_longer([prompt.text for prompt in prompts.prompts[:used]], tokenizers, limit)
+    return report(prompts, used, longer, limit)
 
 
 # ------------------------------------------------------------------------------------------------------------- trajectories
@@ -95,8 +94,10 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         UserError: the prompts, the teacher or an existing store are not as they must be.
     """
     config, settings = run.config, run.config.trajectories
-    teacher, prompts = teacher_of(config), _prompts(config)
-    facts = _facts(config, teacher) | {"prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    teacher = teacher_of(config)
+    prompts = _prompts(config).prompts[: settings.count]  # no trajectory has one of the others, and encoding them takes memory
+    listed = json.dumps([[prompt.text, prompt.seed] for prompt in prompts])
+    facts = _facts(config, teacher) | {"prompts": hashlib.sha256(listed.encode()).hexdigest()}
     if check_facts(run.trajectories, facts):
         return TrajectoryStore.open(run.trajectories)
     device, family = config.torch_device, teacher.family
@@ -123,11 +124,11 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         )
 
 
-def _encode(teacher: Teacher, prompts: Sequence[str], config: Config) -> tuple[Conditioning, Conditioning]:
+def _encode(teacher: Teacher, prompts: Sequence[Prompt], config: Config) -> tuple[Conditioning, Conditioning]:
     """Of the prompts and of the negative prompt. The text encoders are gone when this returns: the rollout has the GPU."""
     texts = teacher.load(teacher.family.text_parts, config.torch_dtype, config.torch_device)
     negative = config.trajectories.negative_prompt
-    encoded = teacher.family.encode(texts, prompts), teacher.family.unconditional(texts, negative)
+    encoded = teacher.family.encode(texts, [prompt.text for prompt in prompts]), teacher.family.unconditional(texts, negative)
     texts.to("cpu")
     return encoded
 
@@ -228,7 +229,7 @@ def sample_run(
     studio = open_studio(run)
     if not prompts:
         is_toy = run.config.teacher == "toy" and not run.config.trajectories.prompts
-        prompts = scenes.captions(count, 1, "validation") if is_toy else _prompts(run.config)
+        prompts = scenes.captions(count, 1, "validation") if is_toy else [p.text for p in _prompts(run.config).prompts]
     texts = [prompts[i % len(prompts)] for i in range(count)]
     seeds = range(seed, seed + count)
     scale = studio.guidance_scale
@@ -277,7 +278,7 @@ def distill(
     Args:
         teacher: see :func:`rapm.teacher.find_teacher`, and there for ``teacher_config`` and ``teacher_loras``.
         out: the run's folder.
-        prompts: text file with one prompt a line; the toy teacher can do without.
+        prompts: a file, or ``hub:OWNER/NAME``, see :func:`rapm.prompts.read_prompts`; the toy teacher can do without.
         size: of the pictures, WIDTHxHEIGHT; several with commas between.
         config: TOML file.
         preset: a shipped configuration.
@@ -295,7 +296,7 @@ def distill(
         teacher=teacher,
         teacher_config=Path(teacher_config) if teacher_config else None,
         teacher_loras=teacher_loras,
-        prompts=Path(prompts) if prompts else None,
+        prompts=prompts,
         size=size,
         settings=settings,
     )
@@ -305,10 +306,15 @@ def distill(
 def distill_config(config: Config, out: Path) -> Run | None:
     """:func:`distill` with its settings already put together."""
     run = open_run(config, out)
+    return run if distill_run(run) else None
+
+
+def distill_run(run: Run) -> bool:
+    """:func:`distill` with its run already open. Returns False when the user stopped it."""
     with run.locked():
         make_trajectories(run)
         if not train_run(run):
-            return None
+            return False
         export_run(run)
         sample_run(run)
-    return run
+    return True

@@ -120,9 +120,16 @@ class Teacher:
         except _UNREADABLE as error:
             raise UserError(f"teacher '{self.source}' cannot be loaded: {_first_line(error)}") from None
         pipeline.set_progress_bar_config(disable=True)
-        for lora in self.loras:
-            self._fuse(pipeline, lora)
+        fusible = [part for part in self.family.pipeline._lora_loadable_modules if part in parts]
+        for lora in self.loras if fusible else ():
+            self._fuse(pipeline, fusible, lora)
         return pipeline
+
+    def load_tokenizers(self) -> list[Any]:
+        """All that a prompt goes through, each with its own limit. Raises as :meth:`load` does."""
+        parts = [part for part in self.family.text_parts if part.startswith("tokenizer")]
+        pipeline = self.load(parts, torch.float32, "cpu")
+        return [getattr(pipeline, part) for part in parts]
 
     def load_network(self, precision: torch.dtype, device: str) -> Any:
         """The denoising network, which is all that rollout and training need. Raises as :meth:`load` does."""
@@ -147,11 +154,10 @@ class Teacher:
             torch.set_default_dtype(before)
         return model.eval()
 
-    def _fuse(self, pipeline: Any, lora: Lora) -> None:
+    def _fuse(self, pipeline: Any, parts: Sequence[str], lora: Lora) -> None:
         """diffusers passes over keys it does not know in silence; here every key must have found its place."""
         mixin, refused = type(pipeline), f"LoRA {lora.file} does not fit teacher '{self.source}'"
         config = SimpleNamespace(**self.config(self.family.network))
-        parts = [part for part in mixin._lora_loadable_modules if getattr(pipeline, part, None) is not None]
         try:
             state, alphas, metadata = mixin.lora_state_dict(
                 str(lora.file), unet_config=config, use_safetensors=True, return_lora_metadata=True

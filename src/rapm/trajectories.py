@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rapm.errors import UserError
 from rapm.files import load_tensors, save_tensors, sha256, under_prefix, with_prefix, write_json
 from rapm.objective import Conditioning, Denoiser
 from rapm.progress import track
+from rapm.prompts import Prompt
 from rapm.schedule import Grid, Schedule
 
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.safetensors"
@@ -77,6 +78,17 @@ def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
+def noise_of(trajectory: int, prompts: Sequence[Prompt], seed: int) -> tuple[int, int]:
+    """Seed and index of the noise of trajectory k, with n prompts: (seed, k), or (own, -2 - k // n) if its prompt has its own.
+
+    Indices below -1 are kept for those prompts: where ``own`` is ``seed``, their noise is still that of no other trajectory and
+    of no picture. Two prompts with the same seed of their own do start from the same noise, as they were told to.
+    """
+    pass_, prompt = divmod(trajectory, len(prompts))
+    own = prompts[prompt].seed
+    return (seed, trajectory) if own is None else (own, -2 - pass_)
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One stored trajectory; positions float32 on the CPU.
@@ -86,13 +98,14 @@ class Trajectory:
         nudged: [N, C, H, W], indexed by the slot they start.
         conditioning: of its prompt, without a batch axis.
         prompt: its text.
-        index: k; its noise is ``noise(seed, k)``.
+        seed, index: its noise is ``noise(seed, index)``.
     """
 
     coarse: Tensor
     nudged: Tensor
     conditioning: Conditioning
     prompt: str
+    seed: int
     index: int
 
 
@@ -103,7 +116,7 @@ class TrajectoryStore:
         self.folder, self.manifest = folder, manifest
         self.shard_size: int = manifest["shard_size"]
         self._shards: dict[int, Any] = {}
-        self._prompts: list[str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        self._prompts = [Prompt(**each) for each in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))]
         tensors = load_tensors(folder / CONDITIONING)
         self._of_prompt, self._of_size = under_prefix("prompt", tensors), under_prefix("size", tensors)
 
@@ -141,13 +154,15 @@ class TrajectoryStore:
             self._shards[shard] = safe_open(self.folder / shard_name(shard), "pt")
         file = self._shards[shard]
         prompt, size = index % len(self._prompts), size_index(index, len(self._prompts), self.manifest["sizes"])
+        noise_seed, noise_index = noise_of(index, self._prompts, self.manifest["seed"])
         of_prompt, of_size = self._of_prompt.items(), self._of_size.items()
         return Trajectory(
             coarse=file.get_tensor(f"coarse.{row}"),
             nudged=file.get_tensor(f"nudged.{row}"),
             conditioning={key: value[prompt] for key, value in of_prompt} | {key: value[size] for key, value in of_size},
-            prompt=self._prompts[prompt],
-            index=index,
+            prompt=self._prompts[prompt].text,
+            seed=noise_seed,
+            index=noise_index,
         )
 
 
@@ -175,9 +190,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = None
     if (
         not isinstance(manifest, dict)
-        or not {"files", "fingerprint", "facts", "shard_size", "count", "sizes"} <= manifest.keys()
+        or not {"files", "fingerprint", "facts", "shard_size", "count", "seed", "sizes"} <= manifest.keys()
     ):
-        raise UserError(f"{file} is damaged; delete it and run 'rapm trajectories' again: finished shards are kept")
+        raise UserError(
+            f"{file} is damaged or of another version; delete it and run 'rapm trajectories' again: finished shards are kept"
+        )
     return manifest
 
 
@@ -208,7 +225,7 @@ def make_store(
     schedule: Schedule,
     grid: Grid,
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     conditioning: Conditioning,
     sizes: Sequence[tuple[Sequence[int], Conditioning]],
     count: int,
@@ -223,7 +240,7 @@ def make_store(
     Args:
         folder: the store's; made when it is not there.
         denoiser: the teacher, guided.
-        prompts: trajectory k has prompt k modulo their number.
+        prompts: trajectory k has prompt k modulo their number, and the noise that :func:`noise_of` says.
         conditioning: of the prompts, [n, ...].
         sizes: of the pictures: each a latent's shape (C, H, W), and what of the conditioning depends on it, [1, ...].
         batch_size: trajectories of one size side by side.
@@ -246,7 +263,7 @@ def make_store(
             for size, (shape, of_size) in enumerate(sizes):
                 own = [k for k in rows if size_index(k, len(prompts), len(sizes)) == size]
                 for batch in (own[first : first + batch_size] for first in range(0, len(own), batch_size)):
-                    z = torch.stack([noise(seed, k, shape) for k in batch]).to(device)
+                    z = torch.stack([noise(*noise_of(k, prompts, seed), shape) for k in batch]).to(device)
                     of_prompt = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
                     repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in of_size.items()}
                     coarse, nudged = rollout(denoiser, schedule, grid, z, of_prompt | repeated)
@@ -254,7 +271,7 @@ def make_store(
                         tensors[f"coarse.{k - start}"], tensors[f"nudged.{k - start}"] = coarse[row].cpu(), nudged[row].cpu()
                     bar.update(len(batch))
             save_tensors(folder / shard_name(shard), tensors, {"fingerprint": mark})
-    write_json(folder / "prompts.json", list(prompts))
+    write_json(folder / "prompts.json", [asdict(prompt) for prompt in prompts])
     of_size = {name: torch.cat([own[name] for _, own in sizes]) for name in sizes[0][1]}
     known = with_prefix("prompt", conditioning) | with_prefix("size", of_size)
     save_tensors(folder / CONDITIONING, known, {"fingerprint": mark})
@@ -264,6 +281,7 @@ def make_store(
         "facts": facts,
         "count": count,
         "shard_size": shard_size,
+        "seed": seed,
         "sizes": len(sizes),
         "files": {name: sha256(folder / name) for name in names},
     }
