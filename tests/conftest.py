@@ -10,11 +10,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from rapm.config import Config, parse
@@ -116,6 +120,29 @@ def small_teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_teacher(small_teachers: dict[str, Path]) -> Path:
     return small_teachers["sd15"]
+
+
+def make_lora(folder: Path, out: Path, form: str, seed: int = 0) -> Path:
+    """A LoRA file for network and first text encoder; kohya's with alpha at half the rank."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    states = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for part, names in zip(("unet", "text_encoder"), targets, strict=True):
+            model = getattr(pipeline, part)
+            model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False))
+            states[part] = {name: 0.3 * value for name, value in get_peft_model_state_dict(model).items()}
+    if form == "diffusers":
+        pipeline.save_lora_weights(out, unet_lora_layers=states["unet"], text_encoder_lora_layers=states["text_encoder"])
+        return out / "pytorch_lora_weights.safetensors"
+    whole = {f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}
+    kohya = {name: value.clone().contiguous() for name, value in convert_state_dict_to_kohya(whole).items()}
+    out.mkdir()
+    save_file(
+        {name: torch.tensor(1.0) if name.endswith("alpha") else value for name, value in kohya.items()}, out / "k.safetensors"
+    )
+    return out / "k.safetensors"
 
 
 @pytest.fixture(scope="session")

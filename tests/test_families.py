@@ -10,11 +10,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, make_lora
 from diffusers import DDIMScheduler, DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_kohya
 from ldm import save_single_file
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -116,29 +114,6 @@ def test_a_single_file_gives_what_its_folder_gives(small_teachers: dict[str, Pat
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(rolled_out(one), rolled_out(other))
-
-
-def make_lora(folder: Path, out: Path, form: str, seed: int = 0) -> Path:
-    """A LoRA file for network and first text encoder; kohya's with alpha at half the rank."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    states = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for part, names in zip(("unet", "text_encoder"), targets, strict=True):
-            model = getattr(pipeline, part)
-            model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False))
-            states[part] = {name: 0.3 * value for name, value in get_peft_model_state_dict(model).items()}
-    if form == "diffusers":
-        pipeline.save_lora_weights(out, unet_lora_layers=states["unet"], text_encoder_lora_layers=states["text_encoder"])
-        return out / "pytorch_lora_weights.safetensors"
-    whole = {f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}
-    kohya = {name: value.clone().contiguous() for name, value in convert_state_dict_to_kohya(whole).items()}
-    out.mkdir()
-    save_file(
-        {name: torch.tensor(1.0) if name.endswith("alpha") else value for name, value in kohya.items()}, out / "k.safetensors"
-    )
-    return out / "k.safetensors"
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, make_lora
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -23,11 +24,12 @@ from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
 
 
-def distilled(teacher: Path, folder: Path, size: str = "") -> Run:
+def distilled(teacher: Path, folder: Path, size: str = "", loras: Sequence[str] = ()) -> Run:
     (folder / "prompts.txt").write_text("a red star on grass\n", encoding="utf-8")
     config = Config.model_validate(
         {
             "teacher": str(teacher),
+            "teacher_loras": list(loras),
             "device": "cpu",
             "trajectories": {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0}
             | {"size": size},
@@ -50,10 +52,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Ru
 def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
     finished: Run, small_teachers: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    run = finished if kind == "sd15" else distilled(small_teachers[kind], tmp_path)
+    """Of a teacher with a LoRA fused in (sd21) too, where its card says that both are to be loaded."""
+    lora = make_lora(small_teachers[kind], tmp_path / "lora", "kohya") if kind == "sd21" else None
+    run = finished if kind == "sd15" else distilled(small_teachers[kind], tmp_path, loras=[f"{lora}:0.7"] if lora else ())
     studio = open_studio(run)
     own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
     pipeline = DiffusionPipeline.from_pretrained(small_teachers[kind], safety_checker=None)
+    if lora:
+        pipeline.load_lora_weights(str(lora))
+        pipeline.fuse_lora(lora_scale=0.7)
+        pipeline.unload_lora_weights()
+    assert ("- `k.safetensors` at strength 0.7\n" in (run.export / "README.md").read_text()) == (kind == "sd21")
     pipeline.scheduler = DDIMScheduler.from_pretrained(run.export, subfolder="scheduler")
     z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
 

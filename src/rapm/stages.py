@@ -166,7 +166,7 @@ def train_run(run: Run) -> bool:
 # ------------------------------------------------------------------------------------------------------------------- results
 
 CARD = """---
-base_model: {teacher}
+base_model: {base}
 base_model_relation: adapter
 tags: [text-to-image, diffusers, lora, template:sd-lora, rapm]
 ---
@@ -174,7 +174,7 @@ tags: [text-to-image, diffusers, lora, template:sd-lora, rapm]
 
 Distilled with rapm {version} (relative and absolute position matching, arXiv 2503.20744) from `{teacher}` at guidance scale
 {guidance_scale}, which is baked in: sample without guidance.
-
+{loras}
 ```python
 pipe.load_lora_weights("FOLDER")          # strength 1.0
 pipe.scheduler = DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")
@@ -194,8 +194,11 @@ def export_run(run: Run) -> Path:
         teacher.family.save_lora(folder, backbone.lora_state(STUDENT), backbone.configs[STUDENT].to_dict())
         share(folder / LORA_FILE)
         teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
+        fused = "".join(f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras)
         card = CARD.format(
+            base=config.teacher,
             teacher=config.teacher,
+            loras=f"\nIts teacher has these LoRAs fused in; load them too, at that strength:\n\n{fused}" if fused else "",
             steps=config.trajectories.slots,
             guidance_scale=config.trajectories.guidance_scale,
             version=version("rapm"),
