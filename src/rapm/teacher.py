@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,8 @@ class Teacher:
         """diffusers passes over keys it does not know in silence; here every key must have found its place."""
         mixin, refused = type(pipeline), f"LoRA {lora.file} does not fit teacher '{self.source}'"
         config = SimpleNamespace(**self.config(self.family.network))
+        loud = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # its many lines of a mismatch would come before our one
         try:
             state, alphas, metadata = mixin.lora_state_dict(
                 str(lora.file), unet_config=config, use_safetensors=True, return_lora_metadata=True
@@ -185,6 +188,8 @@ class Teacher:
             raise
         except _UNREADABLE as error:
             raise UserError(f"{refused}: {_first_line(error)}") from None
+        finally:
+            diffusers.utils.logging.set_verbosity(loud)
 
 
 def _digest(tensor: Tensor) -> str:
@@ -404,8 +409,12 @@ def _from_hub(repository: str, revision: str) -> Path:
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _first_line(error: BaseException) -> str:
+    """Of what began it all; torch's "Error(s) in loading ...:" says nothing before its second line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
 
 
 @cache
