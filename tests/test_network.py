@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Bac
 from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
 from rapm.train import Batch, Learner, Players, critic_turn, student_turn
+from rapm.trajectories import guided
 
 ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
 GRID = Grid(slots=3, fine_steps=4)
@@ -77,7 +79,7 @@ def make_players(
         heads = None if role == STUDENT else Heads([16, 32, 32], 8, k)
         learners[role] = Learner(body, role, heads, 1e-3, (0.0, 0.99), 0.0)
     critics = {role: learners[role] for role in ROLES[1:]}
-    return Players(config, body, schedule, GRID, learners[STUDENT], critics)
+    return Players(config, body, schedule, GRID, learners[STUDENT], critics, make_conditioning(1, kind, torch.Generator()))
 
 
 def draws() -> dict[str, Renoising]:
@@ -192,13 +194,22 @@ ROWS = [("sd15", 1, "hinge"), ("sd15", 1, "relativistic"), ("sd21", 1, "relativi
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("kind", "slot_batch", "loss"), [*ROWS, ("sd15", 3, "relativistic")])
+@pytest.mark.parametrize(
+    ("kind", "slot_batch", "loss", "source"),
+    [
+        *((*row, "stored") for row in [*ROWS, ("sd15", 3, "relativistic")]),
+        *((*row, "followed") for row in ROWS[1:]),
+    ],
+)
 def test_student_gradients_equal_those_of_separate_copies(
-    ddim_schedule, checkpointing: bool, kind: str, slot_batch: int, loss: str
+    ddim_schedule, checkpointing: bool, kind: str, slot_batch: int, loss: str, source: str
 ) -> None:
     """Trap 1, and no gradient across slots: the reference detaches every start and sums over slots, on whole copies."""
-    weights = {"relative_weight": [0.5, 1.0, 2.0], "absolute_weight": 0.7}
+    weights = {"relative_weight": [0.5, 1.0, 2.0], "absolute_weight": 0.7, "positions": source}
     players = make_players(ddim_schedule, checkpointing, slot_batch, loss, kind, **weights)
+    untouched = Backbone(make_unet(kind), CALL[kind], UNET_LORA_TARGETS)
+    untouched._role = TEACHER
+    teacher = guided(untouched, players.unconditional, players.config.trajectories.guidance_scale)
     batch, renoising = stored_batch(kind=kind), draws()
     losses = student_turn(players, batch, renoising)
 
@@ -207,14 +218,19 @@ def test_student_gradients_equal_those_of_separate_copies(
     total = torch.zeros(())
     z = batch.coarse[:, GRID.slots]
     for n in reversed(range(GRID.slots)):
+        nudged, absolute = batch.nudged[:, n], batch.coarse[:, n]
         with torch.no_grad():
-            nudged = torch.tensor([GRID.nudged(n)]), torch.tensor([GRID.coarse(n)])
-            prediction = copies[STUDENT](batch.nudged[:, n], nudged[0], batch.conditioning)
-            relative = ddim_schedule.step(batch.nudged[:, n], prediction, *nudged)
+            if source == "followed" and n < GRID.slots - 1:  # in the first slot both start from the same noise
+                absolute, fine = z, GRID.fine[(GRID.slots - n - 1) * GRID.fine_steps :][: GRID.fine_steps + 1]
+                for k, (t, s) in enumerate(pairwise(fine)):
+                    absolute = ddim_schedule.step(absolute, teacher(absolute, torch.tensor([t]), batch.conditioning), t, s)
+                    nudged = absolute if k == 0 else nudged
+            step = torch.tensor([GRID.nudged(n)]), torch.tensor([GRID.coarse(n)])
+            relative = ddim_schedule.step(nudged, copies[STUDENT](nudged, step[0], batch.conditioning), *step)
         z_phi = student_step(copies[STUDENT], ddim_schedule, GRID, [n], z, batch.conditioning)
         for name, target, weight, role in (
             ("relative", relative, (0.5, 1.0, 2.0)[n], RELATIVE_CRITIC),
-            ("absolute", batch.coarse[:, n], 0.7, ABSOLUTE_CRITIC),
+            ("absolute", absolute, 0.7, ABSOLUTE_CRITIC),
         ):
             t, real_noise, fake_noise = renoising[role].of([n], z.device)
             real, fake = (
@@ -279,11 +295,12 @@ def test_critic_gradients_equal_those_of_separate_copies(
     assert all(p.grad is None for p in players.student.parameters.values()), "the student learns in the critics' turn"
 
 
+@pytest.mark.parametrize("source", ["stored", "followed"])
 @pytest.mark.parametrize("turn", [student_turn, critic_turn])
-def test_slot_groups_change_nothing(ddim_schedule, turn) -> None:
+def test_slot_groups_change_nothing(ddim_schedule, turn, source: str) -> None:
     found = []
     for slot_batch in (1, 2, 3):
-        players = make_players(ddim_schedule, False, slot_batch)
+        players = make_players(ddim_schedule, False, slot_batch, positions=source)
         losses = turn(players, stored_batch(2), {role: _draw(2, k) for k, role in enumerate(ROLES[1:])})
         learners = [players.student, *players.critics.values()]
         found.append((losses, [g for learner in learners for g in gradients(learner).values()]))

@@ -10,6 +10,8 @@ from gaussian import Gaussian
 from rapm.objective import (
     Renoising,
     as_long_as,
+    follow,
+    from_nudged,
     hinge_critic,
     hinge_student,
     margin,
@@ -23,6 +25,7 @@ from rapm.objective import (
     student_step,
 )
 from rapm.schedule import END, Grid, Schedule
+from rapm.trajectories import rollout
 
 B, N = 2, 4
 SHAPE = (B, 3, 4, 4)
@@ -177,6 +180,21 @@ def test_gradient_flows_through_the_students_step_and_nowhere_else():
         (a_t, s_t), (a_s, s_s) = ((SCHEDULE.alpha(x, z).item(), SCHEDULE.sigma(x, z).item()) for x in (t, s))
         expected += (s_s - a_s * s_t / a_t) * z.numel()
     assert bias.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("delta", [1, 2, 5])
+@pytest.mark.parametrize("slots", [[3], [2, 1], [3, 2, 1, 0]])
+def test_following_the_teachers_own_trajectory_leads_along_it(delta, slots):
+    """From stored positions the teacher walks to the next stored ones, past the nudged ones."""
+    grid = Grid(slots=N, fine_steps=5, delta=delta)
+    coarse, nudged = rollout(STUDENT, SCHEDULE, grid, torch.randn(SHAPE), PROMPTS)
+    start = torch.cat([coarse[:, n + 1] for n in slots])
+    at_nudged, at_end = follow(STUDENT, SCHEDULE, grid, slots, start, repeat(PROMPTS, len(slots)))
+    torch.testing.assert_close(at_nudged, torch.cat([nudged[:, n] for n in slots]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(at_end, torch.cat([coarse[:, n] for n in slots]), rtol=0, atol=1e-6)
+    moved = from_nudged(STUDENT, SCHEDULE, grid, slots, at_nudged, repeat(PROMPTS, len(slots)))
+    asked = positions(STUDENT, SCHEDULE, grid, slots, coarse[:, slots[0] + 1], coarse, nudged, PROMPTS)
+    torch.testing.assert_close(moved, asked.relative, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------------- distances

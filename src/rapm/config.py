@@ -123,6 +123,9 @@ class Training(Section):
     """Trajectories in a turn."""
     slot_batch: Positive = 1
     """Slots handled in one pass: 1 needs least memory, N is fastest where the GPU (or CPU) is not full."""
+    positions: Literal["stored", "followed"] = "stored"
+    """Where relative and absolute positions come from. stored: from the stored trajectories, as in the paper. followed: from
+    where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory."""
     relative_weight: Weight | list[Weight] = 1.0
     """Of the relative loss; a number, or one for each slot n = 0 ... N - 1."""
     absolute_weight: Weight | list[Weight] = 1.0

@@ -114,6 +114,41 @@ def positions(
     return Positions(slots, torch.cat(starts), target, torch.cat([coarse[:, n] for n in slots]), repeated)
 
 
+@torch.no_grad()
+def follow(
+    teacher: Denoiser, schedule: Schedule, grid: Grid, slots: Sequence[int], start: Tensor, conditioning: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """Where the teacher gets from where the student stands: M fine steps from z_{n+1}, for the k slots of a group.
+
+    Args:
+        teacher: guided.
+        start: z_{n+1}, [k B, C, H, W].
+
+    Returns:
+        The nudged positions, after delta of those steps, and the positions at t_n, both [k B, C, H, W].
+    """
+    batch, z, nudged = len(start) // len(slots), start, start
+    fine = grid.fine
+    for k in range(grid.fine_steps):
+        t, s = (_per_row([fine[(grid.slots - n - 1) * grid.fine_steps + k + i] for n in slots], batch) for i in (0, 1))
+        z = schedule.step(z, teacher(z, t, conditioning), t, s)
+        if k + 1 == grid.delta:
+            nudged = z
+    return nudged, z
+
+
+@torch.no_grad()
+def from_nudged(
+    denoiser: Denoiser, schedule: Schedule, grid: Grid, slots: Sequence[int], nudged: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """z^_n: the student's single step from the nudged position to t_n, for the k slots of a group."""
+    batch = len(nudged) // len(slots)
+    t, s = _per_row([grid.nudged(n) for n in slots], batch), _per_row([grid.coarse(n) for n in slots], batch)
+    moved = schedule.step(nudged, denoiser(nudged, t.clamp(min=0), conditioning), t.clamp(min=0), s)
+    # With delta = M the nudged position is the end itself: a step of no length leads nowhere.
+    return torch.where((t == s)[:, None, None, None].to(nudged.device), nudged, moved)
+
+
 # ------------------------------------------------------------------------------------------------------------------ distances
 
 

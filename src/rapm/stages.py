@@ -114,6 +114,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
             config.grid(),
             prompts=prompts,
             conditioning=conditioning,
+            unconditional=unconditional,
             sizes=sizes,
             count=settings.count,
             seed=settings.seed,

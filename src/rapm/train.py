@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from rapm.objective import (
     Positions,
     Renoising,
     as_long_as,
+    follow,
+    from_nudged,
     hinge_critic,
     hinge_student,
     margin,
@@ -40,7 +42,7 @@ from rapm.objective import (
 from rapm.progress import track
 from rapm.run import Run
 from rapm.schedule import Grid, Schedule
-from rapm.trajectories import TrajectoryStore
+from rapm.trajectories import TrajectoryStore, guided
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Players:
     grid: Grid
     student: Learner
     critics: Mapping[str, Learner]
+    unconditional: Conditioning
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         training = self.config.training
@@ -116,11 +119,27 @@ class Players:
         return rows.to(self.backbone.device) / (self.grid.slots * batch)
 
     def positions(self, slots: list[int], z: Tensor, batch: Batch) -> Positions:
-        """Called inside the student's role."""
-        relative = any(self.config.slot_weights("relative"))
-        return positions(
-            self.backbone, self.schedule, self.grid, slots, z, batch.coarse, batch.nudged, batch.conditioning, relative=relative
-        )
+        """Where the student starts in each slot of a group, and what it is compared with there. Called outside of any role."""
+        backbone, schedule, grid = self.backbone, self.schedule, self.grid
+        relative, stored = any(self.config.slot_weights("relative")), self.config.training.positions == "stored"
+        with backbone.role(STUDENT):
+            given = batch.coarse, batch.nudged, batch.conditioning
+            at = positions(backbone, schedule, grid, slots, z, *given, relative=relative and stored)
+        if stored:
+            return at
+        # In the first slot the student stands where the stored trajectory begins: the teacher has been there already.
+        done = len(z) if slots[0] == grid.slots - 1 else 0
+        nudged, absolute, later = at.relative[:done], at.absolute[:done], slots[done // len(z) :]
+        if later:
+            own = {name: value[done:] for name, value in at.conditioning.items()}
+            teacher = guided(backbone, self.unconditional, self.config.trajectories.guidance_scale)
+            with backbone.role(TEACHER):
+                walked = follow(teacher, schedule, grid, later, at.start[done:], own)
+            nudged, absolute = torch.cat([nudged, walked[0]]), torch.cat([absolute, walked[1]])
+        if relative:
+            with backbone.role(STUDENT):
+                nudged = from_nudged(backbone, schedule, grid, slots, nudged, at.conditioning)
+        return replace(at, relative=nudged, absolute=absolute)
 
     def shown(self, slots: Sequence[int], z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Positions of a group of slots as a critic gets to see them."""
@@ -154,8 +173,7 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
     sums: dict[str, float] = {}
     z = batch.coarse[:, players.grid.slots]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
-        with backbone.role(STUDENT):
-            at = players.positions(slots, z, batch)
+        at = players.positions(slots, z, batch)
         with backbone.role(STUDENT):
             z_phi = student_step(backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
             leaf = z_phi.detach().requires_grad_()
@@ -197,8 +215,8 @@ def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisin
     sums: dict[str, float] = {}
     z = batch.coarse[:, players.grid.slots]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
+        at = players.positions(slots, z, batch)
         with backbone.role(STUDENT), torch.no_grad():
-            at = players.positions(slots, z, batch)
             fake = student_step(backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
         for role, draws in renoising.items():
             real = at.relative if role == RELATIVE_CRITIC else at.absolute
@@ -285,7 +303,7 @@ def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, sch
             heads = Heads([x.shape[1] for x in maps], config.critics.head_width, seed + 11 + place).to(backbone.device)
             critics[role] = Learner(backbone, role, heads, config.critics.learning_rate, (0.0, 0.999), training.weight_decay)
     student = Learner(backbone, STUDENT, None, config.student.learning_rate, (0.9, 0.999), training.weight_decay)
-    return Players(config, backbone, schedule, grid, student, critics)
+    return Players(config, backbone, schedule, grid, student, critics, store.unconditional)
 
 
 def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> bool:

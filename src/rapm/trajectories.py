@@ -110,7 +110,11 @@ class Trajectory:
 
 
 class TrajectoryStore:
-    """A folder of trajectories: shards, prompts, and a manifest that comes last. Open it with :meth:`open`."""
+    """A folder of trajectories: shards, prompts, and a manifest that comes last. Open it with :meth:`open`.
+
+    Attributes:
+        unconditional: conditioning that the teacher's guidance leads away from, [1, ...].
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -119,6 +123,7 @@ class TrajectoryStore:
         self._prompts = [Prompt(**each) for each in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))]
         tensors = load_tensors(folder / CONDITIONING)
         self._of_prompt, self._of_size = under_prefix("prompt", tensors), under_prefix("size", tensors)
+        self.unconditional: Conditioning = under_prefix("unconditional", tensors)
 
     @classmethod
     def open(cls, folder: Path) -> TrajectoryStore:
@@ -227,6 +232,7 @@ def make_store(
     *,
     prompts: Sequence[Prompt],
     conditioning: Conditioning,
+    unconditional: Conditioning,
     sizes: Sequence[tuple[Sequence[int], Conditioning]],
     count: int,
     seed: int,
@@ -242,6 +248,7 @@ def make_store(
         denoiser: the teacher, guided.
         prompts: trajectory k has prompt k modulo their number, and the noise that :func:`noise_of` says.
         conditioning: of the prompts, [n, ...].
+        unconditional: what the teacher was guided away from, [1, ...]; kept for training.
         sizes: of the pictures: each a latent's shape (C, H, W), and what of the conditioning depends on it, [1, ...].
         batch_size: trajectories of one size side by side.
         shard_size: trajectories a file.
@@ -273,7 +280,7 @@ def make_store(
             save_tensors(folder / shard_name(shard), tensors, {"fingerprint": mark})
     write_json(folder / "prompts.json", [asdict(prompt) for prompt in prompts])
     of_size = {name: torch.cat([own[name] for _, own in sizes]) for name in sizes[0][1]}
-    known = with_prefix("prompt", conditioning) | with_prefix("size", of_size)
+    known = with_prefix("prompt", conditioning) | with_prefix("size", of_size) | with_prefix("unconditional", unconditional)
     save_tensors(folder / CONDITIONING, known, {"fingerprint": mark})
     names = [*(shard_name(shard) for shard in range(len(starts))), "prompts.json", CONDITIONING]
     manifest = {
