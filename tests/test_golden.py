@@ -22,6 +22,7 @@ SETTINGS = (
     "training.iterations=30",
     "training.checkpoint_every=30",
     "training.decay=0.5",
+    "training.positions='stored'",
     "critics.adversarial_weight=0.4",
     "critics.learning_rate=1e-3",
     "critics.start=0.0",
