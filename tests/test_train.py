@@ -36,15 +36,19 @@ def trained(config: Config, folder: Path) -> Run:
     return run
 
 
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(tiny_config: Config, tmp_path: Path) -> None:
-    whole = trained(tiny_config, tmp_path / "whole")
+@pytest.mark.parametrize(("kind", "source"), [("sd15", "stored"), ("sd21", "stored"), ("sdxl", "stored"), ("sdxl", "followed")])
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
+    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
+) -> None:
+    config = changed(tiny_config, training={"positions": source}).model_copy(update={"teacher": str(small_teachers[kind])})
+    whole = trained(config, tmp_path / "whole")
     assert whole.checkpoint_steps() == [4, 8, 10]
     for step in (4, 8):
         stopped = tmp_path / f"stopped-{step}"
         shutil.copytree(whole.folder, stopped)
         for later in (s for s in (8, 10) if s > step):
             (stopped / "checkpoints" / f"step-{later:08d}.safetensors").unlink()
-        run = Run.open(stopped, tiny_config)
+        run = Run.open(stopped, config)
         assert run.checkpoint_steps()[-1] == step
         assert train_run(run)
         for later in (8, 10):
