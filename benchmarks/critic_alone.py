@@ -20,8 +20,8 @@ from rapm.network import ABSOLUTE_CRITIC, STUDENT
 from rapm.objective import Conditioning, margin, repeat, student_step
 from rapm.run import Run
 from rapm.stages import load_backbone
-from rapm.teacher import find_teacher
-from rapm.train import Players, make_players
+from rapm.teacher import teacher_of
+from rapm.train import Players, batch_of, make_players
 from rapm.trajectories import TrajectoryStore
 
 HELD_OUT = 80
@@ -32,15 +32,11 @@ Pair = tuple[Tensor, Tensor, Conditioning]  # of one trajectory: z~_n, z_n^phi, 
 def pairs(players: Players, store: TrajectoryStore) -> Iterator[Pair]:
     slots = list(range(players.grid.slots))[::-1]
     for k in range(len(store)):
-        conditioning = {name: value[None].to(players.backbone.device) for name, value in store[k].conditioning.items()}
-        coarse = store[k].coarse[:, None].to(players.backbone.device)
-        positions = [coarse[players.grid.slots]]
+        batch = batch_of([store[k]], players.backbone.device)
+        at = players.positions(slots, batch.coarse[:, players.grid.slots], batch)
         with players.backbone.role(STUDENT):
-            for n in slots:
-                positions.append(
-                    student_step(players.backbone, players.schedule, players.grid, [n], positions[-1], conditioning)
-                )
-        yield torch.cat([coarse[n] for n in slots]), torch.cat(positions[1:]), repeat(conditioning, len(slots))
+            fake = student_step(players.backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
+        yield at.absolute, fake, at.conditioning
 
 
 def logits(players: Players, pair: Pair, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Run.existing(arguments.run)
     config = configuration.load(arguments.run / "config.toml", settings=arguments.settings)
-    teacher, store = find_teacher(config.teacher), TrajectoryStore.open(run.trajectories)
+    teacher, store = teacher_of(config), TrajectoryStore.open(run.trajectories)
     players = make_players(config, load_backbone(teacher, config), store, teacher.schedule)
     players.backbone.load(STUDENT, under_prefix("average", run.load_checkpoint()[1]))
     seen = list(pairs(players, store))

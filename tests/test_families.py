@@ -170,6 +170,15 @@ def test_the_published_architectures(source: str, modules: int, parameters: int,
     )
 
 
+def test_random_weights_are_always_the_same_and_as_precise_as_asked() -> None:
+    teacher = find_teacher("random:sd15")
+    first, again = (teacher.load(["tokenizer", "text_encoder"], torch.bfloat16, "cpu") for _ in range(2))
+    state = first.text_encoder.state_dict()
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.bfloat16}
+    assert all(torch.equal(value, again.text_encoder.state_dict()[name]) for name, value in state.items())
+    assert teacher.family.encode(first, PROMPTS)["prompt_embeds"].shape == (2, 24, 768)
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -280,6 +289,7 @@ def test_another_familys_lora_is_refused(small_teachers: dict[str, Path], tmp_pa
 def test_a_lora_must_be_one(small_teachers: dict[str, Path], tmp_path: Path) -> None:
     teacher = small_teachers["sd15"]
     assert refused(teacher, loras=["none.safetensors"]) == "there is no LoRA file none.safetensors; write FILE or FILE:STRENGTH"
+    assert refused(teacher, loras=["C:a.safetensors"]).startswith("there is no LoRA file C:a.safetensors;")  # no strength
     file = teacher / "vae" / "diffusion_pytorch_model.safetensors"
     assert refused(teacher, loras=[str(file)]).startswith(f"LoRA {file} does not fit teacher")
 
@@ -316,7 +326,7 @@ def test_a_hub_id_that_is_not_there_or_half_there(small_teachers: dict[str, Path
     )
     snapshot = put_in_cache(hub_cache, "someone/model", "main", small_teachers["sd15"])
     next((snapshot / "vae").glob("*.safetensors")).unlink()
-    assert "cannot be loaded" in refused("someone/model") or "incomplete" in refused("someone/model")
+    assert refused("someone/model").endswith("is incomplete: its vae has no .safetensors weights")
 
 
 def test_a_single_file_takes_its_configs_from_the_cache(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rapm.errors import UserError
+
+if TYPE_CHECKING:
+    from rapm.run import Run
 
 app = typer.Typer(
     name="rapm",
@@ -48,6 +51,36 @@ SettingsOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
 
 
+def _open_run(
+    out: Path,
+    config: Path | None,
+    preset: str | None,
+    teacher: str | None,
+    teacher_config: Path | None,
+    teacher_loras: list[str] | None,
+    prompts: str | None,
+    size: str | None,
+    settings: list[str] | None,
+) -> Run:
+    """The run that a command's options ask for; says what its prompts are."""
+    from rapm import stages
+    from rapm.config import load
+
+    chosen = load(
+        config,
+        preset=preset,
+        teacher=teacher,
+        teacher_config=teacher_config,
+        teacher_loras=teacher_loras or (),
+        prompts=prompts,
+        size=size,
+        settings=settings or (),
+    )
+    run = stages.open_run(chosen, out)
+    print(stages.describe_prompts(run))
+    return run
+
+
 @app.command()
 def distill(
     out: OutOption,
@@ -62,20 +95,8 @@ def distill(
 ) -> None:
     """The whole chain: trajectories, training, export, a sheet of pictures."""
     from rapm import stages
-    from rapm.config import load
 
-    chosen = load(
-        config,
-        preset=preset,
-        teacher=teacher,
-        teacher_config=teacher_config,
-        teacher_loras=teacher_lora or (),
-        prompts=prompts,
-        size=size,
-        settings=settings or (),
-    )
-    run = stages.open_run(chosen, out)
-    print(stages.describe_prompts(run))
+    run = _open_run(out, config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings)
     if not stages.distill_run(run):
         print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
         raise typer.Exit(130)
@@ -98,20 +119,8 @@ def trajectories(
 ) -> None:
     """Only the first stage: roll out the teacher and store its trajectories."""
     from rapm import stages
-    from rapm.config import load
 
-    chosen = load(
-        config,
-        preset=preset,
-        teacher=teacher,
-        teacher_config=teacher_config,
-        teacher_loras=teacher_lora or (),
-        prompts=prompts,
-        size=size,
-        settings=settings or (),
-    )
-    run = stages.open_run(chosen, out)
-    print(stages.describe_prompts(run))
+    run = _open_run(out, config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings)
     with run.locked():
         store = stages.make_trajectories(run)
     print(f"{len(store)} trajectories in {store.folder}")
@@ -216,10 +225,7 @@ def evaluate(
 
 def main() -> None:
     """Runs a command; a user's mistake is one line and exit code 2."""
-    for library in (
-        "TRANSFORMERS",
-        "DIFFUSERS",
-    ):  # they warn of image processors and casts that are none of the user's business
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of image processors and casts that nobody here can help
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()

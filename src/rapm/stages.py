@@ -192,7 +192,10 @@ def export_run(run: Run) -> Path:
     studio, config = open_studio(run), run.config
     teacher, backbone = studio.teacher, studio.backbone
     with complete_or_absent_folder(run.export) as folder:
-        teacher.family.save_lora(folder, backbone.lora_state(STUDENT), backbone.configs[STUDENT].to_dict())
+        part = teacher.family.network
+        layers = {f"{part}_lora_layers": backbone.lora_state(STUDENT)}
+        metadata = {f"{part}_lora_adapter_metadata": backbone.configs[STUDENT].to_dict()}
+        teacher.family.pipeline.save_lora_weights(folder, **layers, **metadata)
         share(folder / LORA_FILE)
         teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
         fused = "".join(f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras)

@@ -42,7 +42,7 @@ from rapm.objective import (
 from rapm.progress import track
 from rapm.run import Run
 from rapm.schedule import Grid, Schedule
-from rapm.trajectories import TrajectoryStore, guided
+from rapm.trajectories import Trajectory, TrajectoryStore, guided
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,11 @@ def draw_batch(store: TrajectoryStore, size: int, seed: int, iteration: int, dev
         epoch, place = divmod(k, len(store))
         order = torch.randperm(len(store), generator=_generator(seed, "epoch", epoch))
         rows.append(store[int(order[place])])
+    return batch_of(rows, device)
+
+
+def batch_of(rows: Sequence[Trajectory], device: torch.device) -> Batch:
+    """Trajectories of one size side by side."""
     conditioning = {name: torch.stack([row.conditioning[name] for row in rows]).to(device) for name in rows[0].conditioning}
     coarse, nudged = (torch.stack([getattr(row, name) for row in rows]).to(device) for name in ("coarse", "nudged"))
     return Batch(coarse, nudged, conditioning)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ class Family:
         latent_shape: ``(configs, (width, height) in pixels, or None for the network's own) -> (C, h, w)``; ``configs`` gives a
             part's config by its name. Raises ValueError for a size the network cannot have.
         decode: ``(pipeline, z [n, C, h, w]) -> images``, float32 [n, 3, H, W] in [-1, 1], on the CPU.
-        save_lora: ``(folder, peft state, adapter metadata)`` writes the file diffusers loads.
     """
 
     pipeline: type[Any]
@@ -45,7 +43,6 @@ class Family:
     of_size: Callable[[int, int], dict[str, Tensor]]
     latent_shape: Callable[[Configs, tuple[int, int] | None], tuple[int, int, int]]
     decode: Callable[[Any, Tensor], Tensor]
-    save_lora: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]
 
 
 Configs = Callable[[str], Mapping[str, Any]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +41,6 @@ def _of_size(width: int, height: int) -> dict[str, Tensor]:
     return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
 
 
-def _save_lora(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    layers: Any = state
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
-
-
 FAMILY = Family(
     pipeline=StableDiffusionXLPipeline,
     network="unet",
@@ -60,5 +54,4 @@ FAMILY = Family(
     of_size=_of_size,
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,
-    save_lora=_save_lora,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,11 +68,6 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"prompt_embeds": torch.cat(rows)}
 
 
-def _save_lora(folder: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    layers: Any = state
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
-
-
 FAMILY = Family(
     pipeline=StableDiffusionPipeline,
     network="unet",
@@ -87,5 +81,4 @@ FAMILY = Family(
     of_size=lambda width, height: {},
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,
-    save_lora=_save_lora,
 )
