@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -27,8 +28,8 @@ GRID = Grid(slots=3, fine_steps=4)
 CALL = {"sd15": stable_diffusion.FAMILY.call, "sd21": stable_diffusion.FAMILY.call, "sdxl": sdxl.FAMILY.call}
 
 
-def backbone(checkpointing: bool = False, kind: str = "sd15") -> Backbone:
-    network = make_unet(kind)
+def backbone(checkpointing: bool = False, kind: str = "sd15", dtype: torch.dtype = torch.float32) -> Backbone:
+    network = make_unet(kind).to(dtype)
     return Backbone(network, CALL[kind], UNET_LORA_TARGETS, unet_taps(network), gradient_checkpointing=checkpointing)
 
 
@@ -61,7 +62,13 @@ def stored_batch(size: int = 1, kind: str = "sd15") -> Batch:
 
 
 def make_players(
-    schedule, checkpointing: bool = False, slot_batch: int = 1, loss: str = "relativistic", kind: str = "sd15", **weights
+    schedule,
+    checkpointing: bool = False,
+    slot_batch: int = 1,
+    loss: str = "relativistic",
+    kind: str = "sd15",
+    dtype: torch.dtype = torch.float32,
+    **weights,
 ) -> Players:
     config = Config.model_validate(
         {
@@ -70,7 +77,7 @@ def make_players(
             "training": {"slot_batch": slot_batch, **weights},
         }
     )
-    body = backbone(checkpointing, kind)
+    body = backbone(checkpointing, kind, dtype)
     learners = {}
     for k, role in enumerate(ROLES):
         body.add_role(role, 3, UNET_LORA_TARGETS, k)
@@ -308,6 +315,32 @@ def test_slot_groups_change_nothing(ddim_schedule, turn, source: str) -> None:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
         for a, b in zip(grads, found[0][1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("turn", [student_turn, critic_turn])
+def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
+    """Losses a thousand times smaller, as the mean over a large picture makes them: float16 alone loses them."""
+    found: dict[str, Tensor] = {}
+    small = {"relative_weight": 1e-3, "absolute_weight": 1e-3}
+    for name, dtype, scaled in (
+        ("whole", torch.float32, True),
+        ("scaled", torch.float16, True),
+        ("bare", torch.float16, False),
+    ):
+        players = make_players(ddim_schedule, dtype=dtype, **small)
+        assert players.backbone.loss_scale == (4096 if dtype == torch.float16 else 1)
+        movers = [players.student] if turn is student_turn else list(players.critics.values())
+        if not scaled:
+            players.backbone.loss_scale = 1e-4 if turn is critic_turn else 1.0  # no weight makes a critic's loss small
+            for learner in movers:
+                learner.loss_scale = players.backbone.loss_scale
+        turn(players, stored_batch(), draws())
+        for learner in movers:
+            learner.clip(0, 0.0, math.inf)
+        found[name] = torch.cat([g.flatten() for learner in movers for g in gradients(learner).values()])
+    error = {name: float((found[name] - found["whole"]).norm() / found["whole"].norm()) for name in ("scaled", "bare")}
+    assert error["scaled"] < 0.02, error
+    assert error["bare"] > 0.1, error
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,27 +17,30 @@ from rapm.errors import UserError
 from rapm.network import STUDENT, TEACHER
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.stages import distill_config, evaluate_run, export_run, sample_run
+from rapm.stages import distill_config, evaluate_run, export_run, make_trajectories, sample_run, train_run
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
 
 
-def distilled(teacher: Path, folder: Path, size: str = "", loras: Sequence[str] = ()) -> Run:
+def make_config(teacher: Path, folder: Path, **settings: object) -> Config:
     (folder / "prompts.txt").write_text("a red star on grass\n", encoding="utf-8")
-    config = Config.model_validate(
+    trajectories = {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0}
+    return Config.model_validate(
         {
             "teacher": str(teacher),
-            "teacher_loras": list(loras),
             "device": "cpu",
-            "trajectories": {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0}
-            | {"size": size},
+            "trajectories": trajectories | {"size": settings.pop("size", "")},
             "student": {"rank": 4, "learning_rate": 0.02, "ema": 0.5},
             "critics": {"rank": 1, "head_width": 8},
             "training": {"iterations": 8, "warmup": 0, "gradient_checkpointing": False},
         }
+        | settings
     )
-    run = distill_config(config, folder / "run")
+
+
+def distilled(teacher: Path, folder: Path, **settings: object) -> Run:
+    run = distill_config(make_config(teacher, folder, **settings), folder / "run")
     assert run is not None
     return run
 
@@ -54,7 +56,9 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
 ) -> None:
     """Of a teacher with a LoRA fused in (sd21) too, where its card says that both are to be loaded."""
     lora = make_lora(small_teachers[kind], tmp_path / "lora", "kohya") if kind == "sd21" else None
-    run = finished if kind == "sd15" else distilled(small_teachers[kind], tmp_path, loras=[f"{lora}:0.7"] if lora else ())
+    run = (
+        finished if kind == "sd15" else distilled(small_teachers[kind], tmp_path, teacher_loras=[f"{lora}:0.7"] if lora else [])
+    )
     studio = open_studio(run)
     own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
     pipeline = DiffusionPipeline.from_pretrained(small_teachers[kind], safety_checker=None)
@@ -79,12 +83,28 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
 
 def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Path) -> None:
     """Prompts and sizes both come in turn, and a prompt sees every size; pictures are of the first."""
-    run = distilled(small_teachers["sdxl"], tmp_path, "16x24,32x16")
+    run = distilled(small_teachers["sdxl"], tmp_path, size="16x24,32x16")
     store = TrajectoryStore.open(run.trajectories)
     assert [tuple(store[k].coarse.shape) for k in range(4)] == [(5, 4, 12, 8), (5, 4, 8, 16)] * 2
     assert [store[k].conditioning["time_ids"].tolist() for k in range(2)] == [[24, 16, 0, 0, 24, 16], [16, 32, 0, 0, 16, 32]]
     assert [size_index(k, prompts=2, sizes=2) for k in range(8)] == [0, 1, 1, 0, 0, 1, 1, 0]
     assert open_studio(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_from_end_to_end(small_teachers: dict[str, Path], tmp_path: Path, precision: str) -> None:
+    """Positions are float32, near those of a float32 network; the VAE, where SDXL's overflows in float16, is float32 there."""
+    runs = [
+        Run.open(tmp_path / kind, make_config(small_teachers["sdxl"], tmp_path, precision=kind))
+        for kind in ("float32", precision)
+    ]
+    a, b = (make_trajectories(run)[3].coarse for run in runs)
+    assert b.dtype == torch.float32
+    assert 0 < (a - b).norm() / a.norm() < (0.002 if precision == "float16" else 0.02)
+    assert train_run(runs[1])
+    studio = open_studio(runs[1])
+    assert studio.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
+    assert studio._pictures.vae.dtype == (torch.float32 if precision == "float16" else torch.bfloat16)
 
 
 def test_the_file_carries_its_alpha_and_scale(finished: Run) -> None:

@@ -162,9 +162,9 @@ class Config(Section):
     """For a single .safetensors checkpoint: folder in diffusers' layout with the configs and tokenizers that go with it."""
     teacher_loras: list[str] = []
     """LoRA files to fuse into the teacher, ``FILE`` or ``FILE:STRENGTH``, in diffusers' or kohya's form."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the frozen network computes in; adapters, losses and positions are float32 always. (No float16: gradients of these
-    losses are smaller than it can hold.)"""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the frozen network computes in; adapters, losses and positions are float32 always. float16 is for GPUs without
+    bfloat16 (RTX 20 and older)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto takes a GPU when there is one."""
     trajectories: Trajectories = Trajectories()

@@ -54,6 +54,9 @@ class Backbone:
         self.network: Any = network.requires_grad_(False).eval()
         self.device: torch.device = self.network.device
         self.dtype: torch.dtype = self.network.dtype  # asked once: diffusers walks the whole network to answer
+        # What losses are multiplied by before their backward pass, and gradients divided by after it: float16 holds nothing
+        # below 6e-8, and a gradient of one element's share of a mean is soon less.
+        self.loss_scale = 4096.0 if self.dtype == torch.float16 else 1.0
         self.call, self.lora_targets = call, tuple(lora_targets)
         self.configs: dict[str, LoraConfig] = {}
         self._role: str | None = None

@@ -62,7 +62,8 @@ class Studio:
 
     @cached_property
     def _pictures(self) -> Any:
-        return self.teacher.load(["vae"], self.backbone.dtype, str(self.backbone.device))
+        half = self.backbone.dtype == torch.float16  # where SDXL's VAE overflows
+        return self.teacher.load(["vae"], torch.float32 if half else self.backbone.dtype, str(self.backbone.device))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
         """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...]."""

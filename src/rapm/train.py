@@ -60,18 +60,22 @@ class Learner:
     def __init__(
         self, backbone: Backbone, role: str, heads: Heads | None, rate: float, betas: tuple[float, float], decay: float
     ):
-        self.role, self.heads, self.rate = role, heads, rate
+        self.role, self.heads, self.rate, self.loss_scale = role, heads, rate, backbone.loss_scale
         self.parameters: dict[str, nn.Parameter] = dict(backbone.parameters(role))
         if heads is not None:
             self.parameters |= {f"heads.{name}": p for name, p in heads.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=betas, weight_decay=decay, fused=True)
 
     def clip(self, iteration: int, loss: float, clip: float) -> float:
-        """Clips its gradients and returns their norm before.
+        """Takes the loss scale off its gradients, clips them and returns their norm before clipping.
 
         Raises:
             NonFinite: loss or gradient is not a number; nothing was changed.
         """
+        if self.loss_scale != 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= self.loss_scale
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFinite(
@@ -196,7 +200,7 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
                         with torch.no_grad():
                             real = players.logits(role, shown, t, at.conditioning)
                         adversarial = relativistic(fake, real)
-                    push = torch.autograd.grad(adversarial.sum(), leaf)[0]
+                    push = torch.autograd.grad(backbone.loss_scale * adversarial.sum(), leaf)[0]
                 pull += players.config.critics.adversarial_weight * as_long_as(push, pull)
                 losses["adversarial"] = adversarial
             gradient += weight[:, None, None, None] * pull
@@ -204,7 +208,7 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
                 share = float(loss.detach().sum()) / (players.grid.slots * len(z))
                 sums[f"{kind}_{name}"] = sums.get(f"{kind}_{name}", 0.0) + share
         with backbone.role(STUDENT):
-            z_phi.backward(gradient)
+            z_phi.backward(backbone.loss_scale * gradient)
         z = z_phi.detach()[-len(z) :]
     return sums
 
@@ -227,7 +231,7 @@ def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisin
                 real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
                 share = 1 / (players.grid.slots * len(z))
                 loss = share * players.critic_loss(real_logits, fake_logits).sum()
-                loss.backward()
+                (backbone.loss_scale * loss).backward()
             for name, value in (("critic", loss), ("margin", share * margin(real_logits, fake_logits).sum())):
                 sums[f"{_KIND[role]}_{name}"] = sums.get(f"{_KIND[role]}_{name}", 0.0) + float(value.detach())
         z = fake[-len(z) :]
