@@ -91,20 +91,29 @@ def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Pat
     assert open_studio(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_from_end_to_end(small_teachers: dict[str, Path], tmp_path: Path, precision: str) -> None:
-    """Positions are float32, near those of a float32 network; the VAE, where SDXL's overflows in float16, is float32 there."""
-    runs = [
-        Run.open(tmp_path / kind, make_config(small_teachers["sdxl"], tmp_path, precision=kind))
-        for kind in ("float32", precision)
-    ]
-    a, b = (make_trajectories(run)[3].coarse for run in runs)
+@pytest.mark.parametrize(
+    ("precision", "base", "error", "vae"),
+    [
+        ("bfloat16", "same", 0.02, torch.bfloat16),
+        ("float16", "same", 0.002, torch.float32),  # where SDXL's VAE overflows
+        ("float32", "int8", 0.02, torch.float32),
+    ],
+)
+def test_fewer_bits_from_end_to_end(
+    small_teachers: dict[str, Path], tmp_path: Path, precision: str, base: str, error: float, vae: torch.dtype
+) -> None:
+    """Positions are float32, near those of a float32 network."""
+    whole, fewer = (
+        Run.open(tmp_path / name, make_config(small_teachers["sdxl"], tmp_path, **settings))
+        for name, settings in (("whole", {}), ("fewer", {"precision": precision, "base_precision": base}))
+    )
+    a, b = (make_trajectories(run)[3].coarse for run in (whole, fewer))
     assert b.dtype == torch.float32
-    assert 0 < (a - b).norm() / a.norm() < (0.002 if precision == "float16" else 0.02)
-    assert train_run(runs[1])
-    studio = open_studio(runs[1])
+    assert 0 < (a - b).norm() / a.norm() < error
+    assert train_run(fewer)
+    studio = open_studio(fewer)
     assert studio.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
-    assert studio._pictures.vae.dtype == (torch.float32 if precision == "float16" else torch.bfloat16)
+    assert studio._pictures.vae.dtype == vae
 
 
 def test_the_file_carries_its_alpha_and_scale(finished: Run) -> None:

@@ -165,6 +165,9 @@ class Config(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the frozen network computes in; adapters, losses and positions are float32 always. float16 is for GPUs without
     bfloat16 (RTX 20 and older)."""
+    base_precision: Literal["same", "int8", "fp8", "nf4"] = "same"
+    """What the frozen network's large weights are held in, to be brought back where they are used: less memory, more time. int8
+    and fp8 are half of bfloat16, int8 the nearer to it; nf4, a quarter, takes bitsandbytes. same: as ``precision``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto takes a GPU when there is one."""
     trajectories: Trajectories = Trajectories()

@@ -21,6 +21,7 @@ from rapm.files import complete_or_absent_folder, share, write_json
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
+from rapm.quantized import quantize
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
 from rapm.teacher import Teacher, teacher_of
@@ -81,7 +82,7 @@ def _facts(config: Config, teacher: Teacher) -> dict[str, Any]:
         "size": settings.size,
         "seed": settings.seed,
         "count": settings.count,
-        "precision": config.precision,
+        "precision": config.precision if config.base_precision == "same" else f"{config.precision}, {config.base_precision}",
         "shard_size": settings.shard_size,
         "rapm": version("rapm"),
     }
@@ -103,7 +104,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
     device, family = config.torch_device, teacher.family
     sizes = [(teacher.latent_shape(size), family.of_size(*(size or teacher.size()))) for size in settings.sizes()]
     conditioning, unconditional = _encode(teacher, prompts, config)
-    backbone = Backbone(teacher.load_network(config.torch_dtype, device), family.call, family.lora_targets)
+    backbone = load_backbone(teacher, config)
     for targets in (config.student.targets, config.critics.targets):
         backbone.check_targets(targets)  # now, and not after hours of rollout
     with backbone.role(TEACHER):
@@ -138,9 +139,14 @@ def _encode(teacher: Teacher, prompts: Sequence[Prompt], config: Config) -> tupl
 
 
 def load_backbone(teacher: Teacher, config: Config) -> Backbone:
-    """The teacher's network alone, with its taps: all that training needs."""
+    """The teacher's network alone, with its taps: all that rollout and training need.
+
+    Both see the same held weights, so that the student learns what few steps take and not what holding took away.
+    """
     network = teacher.load_network(config.torch_dtype, config.torch_device)
     family = teacher.family
+    if config.base_precision != "same":
+        quantize(network, family.lora_targets, config.base_precision)
     return Backbone(
         network,
         family.call,
