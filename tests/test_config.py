@@ -12,8 +12,12 @@ from rapm.errors import UserError
 
 TABLES = {key: type(value) for key, value in Config() if isinstance(value, Section)}
 FREE = [
+    "device",
     "trajectories.batch_size",
+    "training.slot_batch",
     "training.gradient_checkpointing",
+    "training.compile",
+    "training.channels_last",
     "training.checkpoint_every",
     "training.keep_checkpoints",
 ]

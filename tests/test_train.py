@@ -19,8 +19,9 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
 from rapm.run import Run
-from rapm.stages import make_trajectories, train_run
-from rapm.train import critics_play, draw_batch, is_critic_turn, rate_factor
+from rapm.stages import load_backbone, make_trajectories, train_run
+from rapm.teacher import teacher_of
+from rapm.train import critics_play, draw_batch, is_critic_turn, make_players, rate_factor, rehearse
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
@@ -101,6 +102,56 @@ def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
     )
     distances = [record["absolute_distance"] for record in trained(config, tmp_path / "run").read_metrics()]
     assert distances[-1] < 0.5 * distances[0]
+
+
+def test_too_little_memory_is_one_line_and_loses_nothing(tiny_config: Config, tmp_path: Path) -> None:
+    """A rank that no machine has room for."""
+    run = trained(tiny_config, tmp_path / "run")
+    for file in run.checkpoints.iterdir():
+        file.unlink()
+    config = changed(tiny_config, student={"rank": 10**12}, training={"slot_batch": 3})
+    huge = Run.open(run.folder, config)
+    with pytest.raises(UserError) as error:
+        train_run(huge)
+    assert str(error.value) == (
+        "memory does not suffice for training; what is finished is kept. In order of effect: "
+        "training.gradient_checkpointing=true, training.slot_batch=1 (the run goes on); precision=bfloat16, "
+        "base_precision=int8, base_precision=nf4, training.optimizer=adamw8bit, student.rank=500000000000, "
+        "a smaller trajectories.size (another --out)"
+    )
+    assert train_run(Run.open(run.folder, tiny_config))
+
+
+def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Config, tmp_path: Path) -> None:
+    """Critics come in at iteration 8 of 10; what they would need is asked for at iteration 0."""
+    config = changed(tiny_config, critics={"start": 0.8, "head_start": 0.0})
+    run = Run.open(tmp_path / "run", config)
+    store, teacher = make_trajectories(run), teacher_of(config)
+    players = make_players(config, load_backbone(teacher, config), store, teacher.schedule)
+    before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
+    asked: list[str | None] = []
+    hook = players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))
+    rehearse(players, store)
+    hook.remove()
+    assert {"student", "relative_critic", "absolute_critic"} == set(asked)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in players.backbone.network.named_parameters())
+    assert all(not learner.optimizer.state for learner in (players.student, *players.critics.values()))
+
+
+def test_eight_bit_optimizer_resumes_bit_for_bit(tiny_config: Config, tmp_path: Path) -> None:
+    """At a rank where tensors are large enough to be held in 8 bits."""
+    config = changed(tiny_config, training={"optimizer": "adamw8bit"}, student={"rank": 32})
+    whole = trained(config, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole.folder, stopped)
+    for step in (8, 10):
+        (stopped / "checkpoints" / f"step-{step:08d}.safetensors").unlink()
+    run = Run.open(stopped, config)
+    assert train_run(run)
+    _, state = run.load_checkpoint()
+    assert any(value.dtype == torch.uint8 for value in state.values())
+    name = "step-00000010.safetensors"
+    assert (run.checkpoints / name).read_bytes() == (whole.checkpoints / name).read_bytes()
 
 
 @pytest.mark.parametrize(("role", "weight"), [("student", 0.0), ("relative_critic", 0.1)])

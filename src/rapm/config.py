@@ -142,8 +142,14 @@ class Training(Section):
     """Largest norm of a role's gradient."""
     weight_decay: Weight = 1e-3
     """AdamW, all roles."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit holds AdamW's state in 8 bits (arXiv 2110.02861); takes bitsandbytes."""
     gradient_checkpointing: bool = True
     """Trade a second forward for memory; the same gradients."""
+    compile: bool = False
+    """torch.compile of the network's transformer blocks: minutes at the start, then faster; results within rounding."""
+    channels_last: bool = False
+    """Convolutions' memory layout, faster on many GPUs; results within rounding."""
     seed: int = 0
     """Of everything drawn in training and of the adapters' first weights."""
     checkpoint_every: Positive = 500
@@ -221,12 +227,16 @@ class Config(Section):
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
 
-# These change how fast a run goes, what it costs or what it leaves behind, and not what it computes.
+# These change how fast a run goes, what it costs or what it leaves behind, and what it computes by no more than rounding.
 _FREE_ON_RESUME = {
+    ("device",),
     ("trajectories", "batch_size"),
     ("training", "checkpoint_every"),
     ("training", "keep_checkpoints"),
+    ("training", "slot_batch"),
     ("training", "gradient_checkpointing"),
+    ("training", "compile"),
+    ("training", "channels_last"),
 }
 
 

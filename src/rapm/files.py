@@ -97,18 +97,31 @@ def sha256(path: Path) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as flat tensors, ``"<index of the parameter>.<name>"``."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, slots in state.items() for name, value in slots.items()}
+    """The state of an optimiser as flat tensors, ``"<index of the parameter>.<name>"``.
+
+    Read off ``state`` itself: bitsandbytes' ``state_dict`` hides its own in a wrapper. Its tables of 256 numbers are one for
+    all parameters, which safetensors refuses; so small tensors are copied.
+    """
+    flat = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, p in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(p, {}).items()
+    }
+    return {name: value.clone() if value.numel() <= 256 else value for name, value in flat.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`optimizer_tensors`; the hyperparameters stay the optimiser's own."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for index, p in enumerate(_parameters(optimizer)):
+        own = under_prefix(str(index), tensors)
+        # A whole number is a count of steps that was no tensor.
+        state = {name: value.item() if value.dtype == torch.int64 else value.to(p.device) for name, value in own.items()}
+        if state:
+            optimizer.state[p] = state
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

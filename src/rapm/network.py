@@ -40,6 +40,8 @@ class Backbone:
         lora_targets: names of the modules that get LoRA unless a role names its own.
         taps: module paths whose outputs are the features, in the order they are reached.
         gradient_checkpointing: trade a second forward for memory; gradients are the same.
+        compile: torch.compile of the blocks that repeat in the network, each for every role it is played in.
+        channels_last: convolutions' memory layout.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Backbone:
         taps: Sequence[str] = (),
         *,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         self.network: Any = network.requires_grad_(False).eval()
         self.device: torch.device = self.network.device
@@ -67,6 +71,12 @@ class Backbone:
             network.get_submodule(path).register_forward_hook(self._tap)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        if compile:
+            # A graph for each role, with gradients and without, for each shape; past the limit of 8 torch runs them uncompiled.
+            torch._dynamo.config.recompile_limit = 64
+            self.network.compile_repeated_blocks()
 
     # ---------------------------------------------------------------------------------------------------------------- roles
 

@@ -6,10 +6,11 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -88,11 +89,51 @@ def _facts(config: Config, teacher: Teacher) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _within_memory(config: Config, stage: Literal["trajectories", "training"]) -> Iterator[None]:
+    """Tells what to change when memory does not suffice.
+
+    Raises:
+        UserError: it did not.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        free, others = save_memory(config, stage)
+        raise UserError(
+            f"memory does not suffice for {stage}; what is finished is kept. In order of effect: "
+            f"{', '.join(free) or 'nothing'} (the run goes on); {', '.join(others)} (another --out)"
+        ) from None
+
+
+def save_memory(config: Config, stage: Literal["trajectories", "training"]) -> tuple[list[str], list[str]]:
+    """Settings that would lower a stage's memory, the most effective first: those a run can go on with, and the others."""
+    training, rank = config.training, config.student.rank
+    in_training, whole = stage == "training", config.precision == "float32"
+    free = {
+        "training.gradient_checkpointing=true": in_training and not training.gradient_checkpointing,
+        "training.slot_batch=1": in_training and training.slot_batch > 1,
+        "trajectories.batch_size=1": not in_training and config.trajectories.batch_size > 1,
+    }
+    others = {
+        "precision=bfloat16": whole,
+        "training.batch_size=1": in_training and training.batch_size > 1,
+        "base_precision=int8": config.base_precision == "same",
+        "base_precision=nf4": config.base_precision != "nf4",
+        "training.optimizer=adamw8bit": in_training and training.optimizer == "adamw",
+        f"student.rank={rank // 2}": in_training and rank > 1,
+        "a smaller trajectories.size": True,
+    }
+    return [name for name, helps in free.items() if helps], [name for name, helps in others.items() if helps]
+
+
 def make_trajectories(run: Run) -> TrajectoryStore:
     """Rolls out the teacher for every prompt and seed, or goes on with it, or opens what is there.
 
     Raises:
-        UserError: the prompts, the teacher or an existing store are not as they must be.
+        UserError: the prompts, the teacher or an existing store are not as they must be, or memory does not suffice.
     """
     config, settings = run.config, run.config.trajectories
     teacher = teacher_of(config)
@@ -103,11 +144,12 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         return TrajectoryStore.open(run.trajectories)
     device, family = config.torch_device, teacher.family
     sizes = [(teacher.latent_shape(size), family.of_size(*(size or teacher.size()))) for size in settings.sizes()]
-    conditioning, unconditional = _encode(teacher, prompts, config)
-    backbone = load_backbone(teacher, config)
+    with _within_memory(config, "trajectories"):
+        conditioning, unconditional = _encode(teacher, prompts, config)
+        backbone = load_backbone(teacher, config)
     for targets in (config.student.targets, config.critics.targets):
         backbone.check_targets(targets)  # now, and not after hours of rollout
-    with backbone.role(TEACHER):
+    with _within_memory(config, "trajectories"), backbone.role(TEACHER):
         return make_store(
             run.trajectories,
             guided(backbone, unconditional, settings.guidance_scale),
@@ -153,6 +195,8 @@ def load_backbone(teacher: Teacher, config: Config) -> Backbone:
         family.lora_targets,
         family.taps(network),
         gradient_checkpointing=config.training.gradient_checkpointing,
+        compile=config.training.compile,
+        channels_last=config.training.channels_last,
     )
 
 
@@ -160,14 +204,15 @@ def train_run(run: Run) -> bool:
     """Trains the student to the run's last iteration. Returns False when the user stopped it.
 
     Raises:
-        UserError: there are no trajectories, they are another teacher's, or training cannot go on.
+        UserError: there are no trajectories, they are another teacher's, memory does not suffice, or training cannot go on.
     """
     if run.checkpoint_steps()[-1:] == [run.config.training.iterations]:
         return True
     teacher = teacher_of(run.config)
     check_facts(run.trajectories, _facts(run.config, teacher))
     store = TrajectoryStore.open(run.trajectories)
-    return train(run, load_backbone(teacher, run.config), store, teacher.schedule)
+    with _within_memory(run.config, "training"):
+        return train(run, load_backbone(teacher, run.config), store, teacher.schedule)
 
 
 # ------------------------------------------------------------------------------------------------------------------- results

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rapm.config import Config, Kind
 from rapm.critic import Heads
-from rapm.errors import NonFinite
+from rapm.errors import NonFinite, UserError
 from rapm.files import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
 from rapm.objective import (
@@ -54,17 +55,39 @@ class Batch:
     conditioning: Conditioning
 
 
+def _adamw8bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "training.optimizer = 'adamw8bit' takes bitsandbytes; install it with: pip install bitsandbytes"
+        ) from None
+    return AdamW8bit
+
+
 class Learner:
     """What one role learns with: its parameters, its optimiser, for a critic its heads."""
 
     def __init__(
-        self, backbone: Backbone, role: str, heads: Heads | None, rate: float, betas: tuple[float, float], decay: float
+        self,
+        backbone: Backbone,
+        role: str,
+        heads: Heads | None,
+        rate: float,
+        betas: tuple[float, float],
+        decay: float,
+        optimizer: Literal["adamw", "adamw8bit"] = "adamw",
     ):
         self.role, self.heads, self.rate, self.loss_scale = role, heads, rate, backbone.loss_scale
         self.parameters: dict[str, nn.Parameter] = dict(backbone.parameters(role))
         if heads is not None:
             self.parameters |= {f"heads.{name}": p for name, p in heads.named_parameters()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=betas, weight_decay=decay, fused=True)
+        given: dict[str, Any] = {"lr": rate, "betas": betas, "weight_decay": decay}
+        self.optimizer: torch.optim.Optimizer
+        if optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), **given, fused=True)
+        else:
+            self.optimizer = _adamw8bit()(self.parameters.values(), **given)
 
     def clip(self, iteration: int, loss: float, clip: float) -> float:
         """Takes the loss scale off its gradients, clips them and returns their norm before clipping.
@@ -310,9 +333,28 @@ def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, sch
             backbone.add_role(role, config.critics.rank, own, seed + 1 + place)
         for place, role in enumerate(roles):
             heads = Heads([x.shape[1] for x in maps], config.critics.head_width, seed + 11 + place).to(backbone.device)
-            critics[role] = Learner(backbone, role, heads, config.critics.learning_rate, (0.0, 0.999), training.weight_decay)
-    student = Learner(backbone, STUDENT, None, config.student.learning_rate, (0.9, 0.999), training.weight_decay)
+            rate, betas = config.critics.learning_rate, (0.0, 0.999)
+            critics[role] = Learner(backbone, role, heads, rate, betas, training.weight_decay, training.optimizer)
+    rate, betas = config.student.learning_rate, (0.9, 0.999)
+    student = Learner(backbone, STUDENT, None, rate, betas, training.weight_decay, training.optimizer)
     return Players(config, backbone, schedule, grid, student, critics, store.unconditional)
+
+
+def rehearse(players: Players, store: TrajectoryStore) -> None:
+    """Takes both kinds of turn once and changes nothing: memory that does not suffice shows now and not in the middle of the
+    night, when the critics come in or the largest picture does. Room for the optimisers' state is held meanwhile."""
+    learners = [players.student, *players.critics.values()]
+    state = [torch.zeros(2, *p.shape, device=p.device) for learner in learners for p in learner.parameters.values()]
+    sizes = store.manifest["sizes"]
+    largest = max((store[k] for k in range(min(sizes, len(store)))), key=lambda row: row.coarse.numel())
+    batch = batch_of([largest] * players.config.training.batch_size, players.backbone.device)
+    renoising = {role: players.renoising(batch.coarse[:, 0].shape, _generator(0, role)) for role in players.critics}
+    if players.critics:
+        critic_turn(players, batch, renoising)
+    student_turn(players, batch, renoising)
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+    del state
 
 
 def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> bool:
@@ -337,6 +379,7 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             learner.load_state(under_prefix(role, state))
         stored = under_prefix("average", state)
         average = {name: stored[name].to(backbone.device) for name in average}
+    rehearse(players, store)
     run.forget_metrics_from(first)
 
     def save(step: int) -> None:
