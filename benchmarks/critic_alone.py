@@ -19,8 +19,7 @@ from rapm.files import under_prefix
 from rapm.network import ABSOLUTE_CRITIC, STUDENT
 from rapm.objective import Conditioning, margin, repeat, student_step
 from rapm.run import Run
-from rapm.stages import load_backbone
-from rapm.teacher import teacher_of
+from rapm.teacher import load_backbone, teacher_of
 from rapm.train import Players, batch_of, make_players
 from rapm.trajectories import TrajectoryStore
 
@@ -60,7 +59,7 @@ def main() -> None:
     run = Run.existing(arguments.run)
     config = configuration.load(arguments.run / "config.toml", settings=arguments.settings)
     teacher, store = teacher_of(config), TrajectoryStore.open(run.trajectories)
-    players = make_players(config, load_backbone(teacher, config), store, teacher.schedule)
+    players = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule)
     players.backbone.load(STUDENT, under_prefix("average", run.load_checkpoint()[1]))
     seen = list(pairs(players, store))
     seen, held_out = seen[:-HELD_OUT], seen[-HELD_OUT:]

@@ -19,8 +19,8 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
 from rapm.run import Run
-from rapm.stages import load_backbone, make_trajectories, train_run
-from rapm.teacher import teacher_of
+from rapm.stages import make_trajectories, train_run
+from rapm.teacher import load_backbone, teacher_of
 from rapm.train import critics_play, draw_batch, is_critic_turn, make_players, rate_factor, rehearse
 
 
@@ -127,7 +127,7 @@ def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Confi
     config = changed(tiny_config, critics={"start": 0.8, "head_start": 0.0})
     run = Run.open(tmp_path / "run", config)
     store, teacher = make_trajectories(run), teacher_of(config)
-    players = make_players(config, load_backbone(teacher, config), store, teacher.schedule)
+    players = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule)
     before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
     asked: list[str | None] = []
     hook = players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))

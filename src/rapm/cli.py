@@ -12,6 +12,7 @@ import typer
 from rapm.errors import UserError
 
 if TYPE_CHECKING:
+    from rapm.config import Config
     from rapm.run import Run
 
 app = typer.Typer(
@@ -51,8 +52,7 @@ SettingsOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
 
 
-def _open_run(
-    out: Path,
+def _configuration(
     config: Path | None,
     preset: str | None,
     teacher: str | None,
@@ -61,12 +61,11 @@ def _open_run(
     prompts: str | None,
     size: str | None,
     settings: list[str] | None,
-) -> Run:
-    """The run that a command's options ask for; says what its prompts are."""
-    from rapm import stages
+) -> Config:
+    """What a command's options ask for."""
     from rapm.config import load
 
-    chosen = load(
+    return load(
         config,
         preset=preset,
         teacher=teacher,
@@ -76,7 +75,13 @@ def _open_run(
         size=size,
         settings=settings or (),
     )
-    run = stages.open_run(chosen, out)
+
+
+def _open_run(config: Config, out: Path) -> Run:
+    """The run that a command's options ask for; says what its prompts are."""
+    from rapm import stages
+
+    run = stages.open_run(config, out)
     print(stages.describe_prompts(run))
     return run
 
@@ -92,11 +97,19 @@ def distill(
     config: ConfigOption = None,
     preset: PresetOption = None,
     settings: SettingsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin even though disk or memory cannot suffice.")] = False,
 ) -> None:
     """The whole chain: trajectories, training, export, a sheet of pictures."""
     from rapm import stages
+    from rapm.plan import check_room, gpus_here, make_plan, render
+    from rapm.teacher import teacher_of
 
-    run = _open_run(out, config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings)
+    chosen = _configuration(config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings)
+    run = _open_run(chosen, out)
+    plan = make_plan(chosen, teacher_of(chosen))
+    print(render(plan, chosen, gpus_here()))
+    if not force:
+        check_room(plan, chosen, out)
     if not stages.distill_run(run):
         print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
         raise typer.Exit(130)
@@ -120,10 +133,42 @@ def trajectories(
     """Only the first stage: roll out the teacher and store its trajectories."""
     from rapm import stages
 
-    run = _open_run(out, config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings)
+    run = _open_run(_configuration(config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings), out)
     with run.locked():
         store = stages.make_trajectories(run)
     print(f"{len(store)} trajectories in {store.folder}")
+
+
+@app.command()
+def plan(
+    teacher: TeacherOption = None,
+    teacher_config: TeacherConfigOption = None,
+    size: SizeOption = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    settings: SettingsOption = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take a few real turns here too, with random weights, and say what they took.")
+    ] = False,
+) -> None:
+    """What a run would cost: disk, memory, network calls, hours. Loads no weights."""
+    from rapm import plan as planning
+    from rapm.teacher import teacher_of
+
+    chosen = _configuration(config, preset, teacher, teacher_config, None, None, size, settings)
+    found = teacher_of(chosen)
+    planned = planning.make_plan(chosen, found)
+    gpus = planning.gpus_here() or planning.GPUS
+    print(planning.render(planned, chosen, gpus, planning.measure(chosen, found) if measure else None))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has and lacks: versions, GPU, precisions, disk, memory, the hub; each problem with its remedy."""
+    from rapm.doctor import examine
+
+    for line in examine():
+        print(line)
 
 
 @app.command()

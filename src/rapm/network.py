@@ -64,7 +64,7 @@ class Backbone:
         self.call, self.lora_targets = call, tuple(lora_targets)
         self.configs: dict[str, LoraConfig] = {}
         self._role: str | None = None
-        self._layers: list[BaseTunerLayer] = []
+        self._layers: list[Any] = []
         self._features: list[Tensor] | None = None
         self._taps = len(taps)
         for path in taps:
@@ -105,9 +105,12 @@ class Backbone:
             self.network.add_adapter(config, adapter_name=role)
         self.configs[role] = config
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            for part in (layer.lora_A, layer.lora_B):
+                if role in part:
+                    part[role].to(self.device, torch.float32)  # peft gives it the base's dtype
         for other in self.configs:
             for parameter in self.parameters(other).values():
-                parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         self._activate(None)
 

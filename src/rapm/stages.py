@@ -19,13 +19,12 @@ from rapm.config import Config
 from rapm.errors import UserError
 from rapm.evaluate import toy_protocol
 from rapm.files import complete_or_absent_folder, share, write_json
-from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.network import STUDENT, TEACHER
 from rapm.objective import Conditioning
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
-from rapm.quantized import quantize
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.teacher import Teacher, teacher_of
+from rapm.teacher import Teacher, load_backbone, teacher_of
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store
@@ -146,7 +145,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
     sizes = [(teacher.latent_shape(size), family.of_size(*(size or teacher.size()))) for size in settings.sizes()]
     with _within_memory(config, "trajectories"):
         conditioning, unconditional = _encode(teacher, prompts, config)
-        backbone = load_backbone(teacher, config)
+        backbone = load_backbone(teacher, config, device)
     for targets in (config.student.targets, config.critics.targets):
         backbone.check_targets(targets)  # now, and not after hours of rollout
     with _within_memory(config, "trajectories"), backbone.role(TEACHER):
@@ -180,26 +179,6 @@ def _encode(teacher: Teacher, prompts: Sequence[Prompt], config: Config) -> tupl
 # ------------------------------------------------------------------------------------------------------------------ training
 
 
-def load_backbone(teacher: Teacher, config: Config) -> Backbone:
-    """The teacher's network alone, with its taps: all that rollout and training need.
-
-    Both see the same held weights, so that the student learns what few steps take and not what holding took away.
-    """
-    network = teacher.load_network(config.torch_dtype, config.torch_device)
-    family = teacher.family
-    if config.base_precision != "same":
-        quantize(network, family.lora_targets, config.base_precision)
-    return Backbone(
-        network,
-        family.call,
-        family.lora_targets,
-        family.taps(network),
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        compile=config.training.compile,
-        channels_last=config.training.channels_last,
-    )
-
-
 def train_run(run: Run) -> bool:
     """Trains the student to the run's last iteration. Returns False when the user stopped it.
 
@@ -212,7 +191,7 @@ def train_run(run: Run) -> bool:
     check_facts(run.trajectories, _facts(run.config, teacher))
     store = TrajectoryStore.open(run.trajectories)
     with _within_memory(run.config, "training"):
-        return train(run, load_backbone(teacher, run.config), store, teacher.schedule)
+        return train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule)
 
 
 # ------------------------------------------------------------------------------------------------------------------- results

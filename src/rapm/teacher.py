@@ -26,6 +26,8 @@ from torch import Tensor
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.families import Family, families
+from rapm.network import Backbone
+from rapm.quantized import quantize
 from rapm.schedule import PredictionType, Schedule
 from rapm.toy import TEACHER as TOY
 
@@ -109,7 +111,7 @@ class Teacher:
             absent["requires_safety_checker"] = False
         try:
             if self.random:
-                built = {part: self._draw(part, precision, device) for part in parts}
+                built = {part: self.draw(part, precision, device) for part in parts}
                 pipeline = self.family.pipeline(**absent, **built, scheduler=self.ddim_scheduler())
             elif self.checkpoint:
                 pipeline = self.family.pipeline.from_single_file(
@@ -139,8 +141,8 @@ class Teacher:
     def ddim_scheduler(self) -> Any:
         return ddim_scheduler(self.config("scheduler"))
 
-    def _draw(self, part: str, precision: torch.dtype, device: str) -> Any:
-        """A part of a published architecture with random weights; the tokenizer is the toy teacher's."""
+    def draw(self, part: str, precision: torch.dtype, device: str) -> Any:
+        """A part with random weights (on the meta device without any); the tokenizer is the toy teacher's."""
         if part.startswith("tokenizer"):
             return transformers.CLIPTokenizer.from_pretrained(TOY / "tokenizer")
         library, name = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))[part]
@@ -271,6 +273,25 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
 def teacher_of(config: Config) -> Teacher:
     """A run's teacher; raises as :func:`find_teacher` does."""
     return find_teacher(config.teacher, config=config.teacher_config, loras=config.teacher_loras)
+
+
+def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
+    """The teacher's network alone, with its taps: all that rollout and training need. Raises as :meth:`Teacher.load` does.
+
+    Both see the same held weights, so that the student learns what few steps take and not what holding took away.
+    """
+    network, family, training = teacher.load_network(config.torch_dtype, device), teacher.family, config.training
+    if config.base_precision != "same":
+        quantize(network, family.lora_targets, config.base_precision)
+    return Backbone(
+        network,
+        family.call,
+        family.lora_targets,
+        family.taps(network),
+        gradient_checkpointing=training.gradient_checkpointing,
+        compile=training.compile,
+        channels_last=training.channels_last,
+    )
 
 
 def _family(source: str, folder: Path) -> Family:

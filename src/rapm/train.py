@@ -85,7 +85,8 @@ class Learner:
         given: dict[str, Any] = {"lr": rate, "betas": betas, "weight_decay": decay}
         self.optimizer: torch.optim.Optimizer
         if optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), **given, fused=True)
+            fused = True if backbone.device.type != "meta" else None  # on meta nothing is stepped, but planned
+            self.optimizer = torch.optim.AdamW(self.parameters.values(), **given, fused=fused)
         else:
             self.optimizer = _adamw8bit()(self.parameters.values(), **given)
 

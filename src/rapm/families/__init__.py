@@ -26,6 +26,7 @@ class Family:
         encode: ``(pipeline, prompts) -> conditioning`` of each prompt, tensors [n, ...] on the CPU.
         unconditional: ``(pipeline, negative prompt) -> conditioning`` that guidance leads away from, [1, ...] on the CPU.
         of_size: ``(width, height) -> conditioning`` that depends on the picture's size alone, tensors [1, ...]; {} for none.
+        conditioning: ``(configs) -> shape`` of each tensor that ``encode`` gives a prompt; known without loading anything.
         latent_shape: ``(configs, (width, height) in pixels, or None for the network's own) -> (C, h, w)``; ``configs`` gives a
             part's config by its name. Raises ValueError for a size the network cannot have.
         decode: ``(pipeline, z [n, C, h, w]) -> images``, float32 [n, 3, H, W] in [-1, 1], on the CPU.
@@ -41,6 +42,7 @@ class Family:
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]]
     unconditional: Callable[[Any, str], dict[str, Tensor]]
     of_size: Callable[[int, int], dict[str, Tensor]]
+    conditioning: Callable[[Configs], dict[str, tuple[int, ...]]]
     latent_shape: Callable[[Configs, tuple[int, int] | None], tuple[int, int, int]]
     decode: Callable[[Any, Tensor], Tensor]
 

@@ -10,7 +10,14 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from rapm.families import Family
-from rapm.families.stable_diffusion import UNET_LORA_TARGETS, decode_with_vae, in_batches, unet_latent_shape, unet_taps
+from rapm.families.stable_diffusion import (
+    UNET_LORA_TARGETS,
+    decode_with_vae,
+    in_batches,
+    prompt_embeds_shape,
+    unet_latent_shape,
+    unet_taps,
+)
 from rapm.objective import Conditioning
 
 
@@ -52,6 +59,9 @@ FAMILY = Family(
     encode=_encode,
     unconditional=_unconditional,
     of_size=_of_size,
+    conditioning=lambda configs: (
+        prompt_embeds_shape(configs) | {"pooled_prompt_embeds": (configs("text_encoder_2")["projection_dim"],)}
+    ),
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,
 )

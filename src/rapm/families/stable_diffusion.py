@@ -42,6 +42,10 @@ def unet_latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[i
     return unet["in_channels"], height // factor, width // factor
 
 
+def prompt_embeds_shape(configs: Configs) -> dict[str, tuple[int, ...]]:
+    return {"prompt_embeds": (configs("text_encoder")["max_position_embeddings"], configs("unet")["cross_attention_dim"])}
+
+
 def in_batches(prompts: Sequence[str], size: int = 64) -> Iterator[list[str]]:
     for start in range(0, len(prompts), size):
         yield list(prompts[start : start + size])
@@ -79,6 +83,7 @@ FAMILY = Family(
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
     of_size=lambda width, height: {},
+    conditioning=prompt_embeds_shape,
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,
 )

@@ -1,0 +1,408 @@
+"""What a run will cost, before it is paid for: disk, memory, network calls, hours. No weights are needed.
+
+Memory and FLOPs are not modelled: the library's own rollout and turns are run on tensors without contents (torch's meta device)
+while every storage and every operation is counted. Hours are FLOPs over a GPU's peak rate times :data:`SHARE_OF_PEAK`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.network import TEACHER, Backbone
+from rapm.objective import Conditioning
+from rapm.teacher import Teacher, load_backbone
+from rapm.train import Players, batch_of, critic_turn, critics_play, is_critic_turn, make_players, student_turn
+from rapm.trajectories import Trajectory, guided
+
+# Dense bfloat16 rate with float32 accumulation, TFLOP/s, and memory, GiB, as their makers state them.
+GPUS = {
+    "RTX 3060 12 GB": (25.5, 12),
+    "RTX 4070 Ti Super 16 GB": (88.2, 16),
+    "RTX 4090 24 GB": (165.2, 24),
+    "RTX A6000 48 GB": (154.8, 48),
+    "A100 80 GB": (312.0, 80),
+    "H100 80 GB": (989.0, 80),
+    "H200 141 GB": (989.0, 141),
+}
+SHARE_OF_PEAK = 0.35  # what batch 1 at full size is taken to reach; docs/cost.md says what was measured
+CONTEXT = 600 << 20  # bytes that a CUDA process holds before anything is computed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs. Bytes and FLOPs.
+
+    Attributes:
+        disk: by what is kept, at the largest.
+        memory: of each stage at its peak, by part.
+        calls: network passes of one row each, by what they are for.
+        flops: by stage.
+    """
+
+    disk: Mapping[str, int]
+    memory: Mapping[str, Mapping[str, int]]
+    calls: Mapping[str, int]
+    flops: Mapping[str, float]
+
+    @property
+    def peak(self) -> int:
+        return max(sum(parts.values()) for parts in self.memory.values())
+
+    def hours(self, teraflops: float, stage: str) -> float:
+        return self.flops[stage] / (teraflops * 1e12 * SHARE_OF_PEAK) / 3600
+
+
+# -------------------------------------------------------------------------------------------------------------------- counting
+
+
+class _Account(TorchDispatchMode):
+    """Counts, on the meta device: FLOPs, and the bytes of all storages alive, now and at the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0  # a loss that is logged
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            kwargs = kwargs | {"device": torch.device("meta")}  # a result that would leave the GPU
+        out = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage._cdata)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.now -= self._alive.pop(key, 0)
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """Attention as GPUs have it, which never holds its matrix of weights; on meta torch takes the plain form, which does."""
+    plain = F.scaled_dot_product_attention
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, scale: Any = None, **kwargs: Any) -> Tensor:
+        if attn_mask is not None or not q.is_meta:
+            return plain(q, k, v, attn_mask, *args, scale=scale, **kwargs)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+
+    F.scaled_dot_product_attention = flash
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def count(work: Callable[[], object]) -> tuple[int, int]:
+    """FLOPs of ``work`` on the meta device, and bytes at its peak beyond what was there before it."""
+    with _flash_attention(), _Account() as account:
+        work()
+    return account.flops, account.peak
+
+
+# -------------------------------------------------------------------------------------------------------------------- planning
+
+
+class Stub:
+    """A store of one trajectory, the largest of a run's, with random contents or (on meta) none: enough to take turns on."""
+
+    def __init__(self, config: Config, teacher: Teacher, device: str) -> None:
+        shapes = [teacher.latent_shape(size) for size in config.trajectories.sizes()]
+        shape, slots = max(shapes, key=lambda s: s[1] * s[2]), config.trajectories.slots
+        of_prompt = {name: torch.randn(own, device=device) for name, own in teacher.family.conditioning(teacher.config).items()}
+        of_size = {name: value[0].to(device) for name, value in teacher.family.of_size(*teacher.size()).items()}
+        coarse, nudged = torch.randn(slots + 1, *shape, device=device), torch.randn(slots, *shape, device=device)
+        self.trajectory = Trajectory(coarse, nudged, of_prompt | of_size, "", 0, 0)
+        self.unconditional: Conditioning = {name: value[None] for name, value in of_prompt.items()}
+        self.manifest = {"sizes": 1}
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Trajectory:
+        return self.trajectory
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def without_weights(teacher: Teacher) -> Teacher:
+    """The teacher's architecture; whatever is loaded of it has random contents."""
+    return replace(teacher, random=True, checkpoint=None, loras=())
+
+
+def teacher_pass(config: Config, backbone: Backbone, stub: Stub, rows: int) -> Callable[[], object]:
+    """One fine step of the rollout of so many trajectories: what the network does in it."""
+    z = stub.trajectory.coarse[:1].expand(rows, *stub.trajectory.coarse.shape[1:])
+    conditioning = {name: value.expand(rows, *value.shape) for name, value in stub.trajectory.conditioning.items()}
+    network = guided(backbone, stub.unconditional, config.trajectories.guidance_scale)
+
+    def work() -> None:
+        with torch.no_grad(), backbone.role(TEACHER):
+            network(z, torch.full((rows,), 500), conditioning)
+
+    return work
+
+
+def turns(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
+    """The three kinds of turn a run can take: the student's on distances alone, the student's with critics, the critics'."""
+    batch = batch_of([stub.trajectory] * players.config.training.batch_size, players.backbone.device)
+    generator = torch.Generator().manual_seed(0)
+    shown = {role: players.renoising(batch.coarse[:, 0].shape, generator) for role in players.critics}
+    kinds: dict[str, Callable[[], object]] = {"distances": lambda: student_turn(players, batch, {})}
+    if shown:
+        kinds |= {
+            "student": lambda: student_turn(players, batch, shown),
+            "critics": lambda: critic_turn(players, batch, shown),
+        }
+    return kinds
+
+
+def turn_counts(config: Config) -> dict[str, int]:
+    """How many turns of each kind a run takes."""
+    counts = {"distances": 0, "student": 0, "critics": 0}
+    for iteration in range(config.training.iterations):
+        critics = is_critic_turn(config, iteration)
+        counts["critics" if critics else "student" if critics_play(config, iteration) else "distances"] += 1
+    return counts
+
+
+def make_plan(config: Config, teacher: Teacher) -> Plan:
+    """Counts what a run of this configuration costs."""
+    bare, settings, slot_batch = without_weights(teacher), config.trajectories, config.training.slot_batch
+    groups = math.ceil(settings.slots / slot_batch)
+    # All groups of slots cost the same (the last may be smaller), so one is counted.
+    one = config.model_copy(update={"trajectories": settings.model_copy(update={"slots": min(slot_batch, settings.slots)})})
+    stub = Stub(one, teacher, "meta")
+    backbone = load_backbone(bare, one, "meta")
+    weights = _bytes(iter([*backbone.network.parameters(), *backbone.network.buffers()]))
+    rows = min(settings.batch_size, settings.count)
+    pass_flops, pass_peak = count(teacher_pass(one, backbone, stub, rows))
+    players = make_players(one, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
+    learners = [players.student, *players.critics.values()]
+    adapters = _bytes(p for learner in learners for p in learner.parameters.values())
+    student = _bytes(iter(players.student.parameters.values()))
+    state = 2 * adapters if config.training.optimizer == "adamw" else adapters // 2
+    number, flops, peak = turn_counts(config), {}, 0
+    for name, turn in turns(players, stub).items():
+        if number[name]:
+            flops[name], at_most = count(turn)
+            peak = max(peak, at_most)
+        for learner in learners:
+            learner.optimizer.zero_grad(set_to_none=True)
+    fine = settings.slots * settings.fine_steps
+    return Plan(
+        disk=_disk(config, teacher, adapters + state + student),
+        memory={
+            "encoding prompts": {"text encoders": _weights_of(bare, config)},
+            "trajectories": {"network": weights, f"activations of {rows}": pass_peak},
+            "training": {
+                "network": weights,
+                "adapters and heads": adapters,
+                "their average": student,
+                "optimiser": state,
+                "gradients and activations": peak,
+            },
+            "pictures": _pictures(bare, config, stub),
+        },
+        calls={
+            "trajectories": settings.count * fine * (1 if settings.guidance_scale == 1 else 2),
+            **{f"turns, {name}": number[name] for name in flops},
+        },
+        flops={
+            "trajectories": pass_flops * fine * settings.count / rows,
+            "training": float(sum(number[name] * groups * flops[name] for name in flops)),
+        },
+    )
+
+
+def _disk(config: Config, teacher: Teacher, checkpoint: int) -> dict[str, int]:
+    """Bytes of everything that is kept, without the headers of files."""
+    settings = config.trajectories
+    shapes = [teacher.latent_shape(size) for size in settings.sizes()]
+    positions = (2 * settings.slots + 1) * sum(torch.Size(shape).numel() for shape in shapes) / len(shapes)
+    of_prompt = sum(torch.Size(shape).numel() for shape in teacher.family.conditioning(teacher.config).values())
+    return {
+        "positions": int(4 * positions * settings.count),
+        "prompts' embeddings, at most": 4 * of_prompt * (settings.count + 1),
+        f"checkpoints, {config.training.keep_checkpoints}": checkpoint * config.training.keep_checkpoints,
+    }
+
+
+def _weights_of(bare: Teacher, config: Config) -> int:
+    parts = [part for part in bare.family.text_parts if not part.startswith("tokenizer")]
+    return sum(_bytes(bare.draw(part, config.torch_dtype, "meta").parameters()) for part in parts)
+
+
+def _pictures(bare: Teacher, config: Config, stub: Stub) -> dict[str, int]:
+    dtype = torch.float32 if config.precision == "float16" else config.torch_dtype
+    network, vae = (bare.draw(part, own, "meta") for part, own in ((bare.family.network, config.torch_dtype), ("vae", dtype)))
+    z = stub.trajectory.coarse[:1].to(dtype)
+    with torch.no_grad():
+        _, peak = count(lambda: vae.decode(z, return_dict=False))
+    return {"network": _bytes(network.parameters()), "VAE": _bytes(vae.parameters()), "VAE's activations": peak}
+
+
+# ----------------------------------------------------------------------------------------------------------- what there is here
+
+
+def check_room(plan: Plan, config: Config, out: Path) -> None:
+    """
+    Raises:
+        UserError: disk or memory cannot suffice.
+    """
+    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    needed, free = sum(plan.disk.values()) - there, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the run needs {gib(needed)} more on disk, {folder} has {gib(free)}; fewer trajectories.count, or --force to try"
+        )
+    memory = memory_here(config)
+    if plan.peak > memory:
+        stage = max(plan.memory, key=lambda stage: sum(plan.memory[stage].values()))
+        raise UserError(
+            f"{stage} needs {gib(plan.peak)} of memory, there are {gib(memory)}; see 'rapm plan' and docs/cost.md for settings "
+            "that need less, or --force to try"
+        )
+
+
+def memory_here(config: Config) -> int:
+    """Bytes that a run could have: what is free on the GPU, or the machine's memory."""
+    if config.torch_device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().total
+
+
+def gpus_here() -> dict[str, tuple[float, float]]:
+    """The GPU that is there: its rate at a large bfloat16 product, TFLOP/s, and its memory, GiB. Empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * 4096**3 / _seconds(lambda: square @ square, "cuda", 5) / 1e12
+    return {torch.cuda.get_device_name(): (rate, torch.cuda.mem_get_info()[1] / 2**30)}
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds, and bytes at the peak, of a few real passes and turns with random weights."""
+
+    teacher_pass: float
+    turns: Mapping[str, float]
+    peak: int
+
+
+def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
+    """Takes real turns on random weights on the run's own device; the first of each kind is not timed.
+
+    On a CPU the peak is that of the whole process.
+    """
+    device = config.torch_device
+    stub = Stub(config, teacher, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    backbone = load_backbone(without_weights(teacher), config, device)
+    rows = min(config.trajectories.batch_size, config.trajectories.count)
+    of_pass = _seconds(teacher_pass(config, backbone, stub, rows), device, repeats)
+    players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
+    learners = [players.student, *players.critics.values()]
+
+    def whole(turn: Callable[[], object]) -> Callable[[], None]:
+        def work() -> None:
+            turn()
+            for learner in learners:
+                learner.clip(0, 0.0, config.training.gradient_clip)
+                learner.step(0.0)
+
+        return work
+
+    seconds = {name: _seconds(whole(turn), device, repeats) for name, turn in turns(players, stub).items()}
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_of_process()
+    return Measured(of_pass, seconds, peak)
+
+
+def _peak_of_process() -> int:
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _seconds(work: Callable[[], object], device: str, repeats: int) -> float:
+    """The median of ``repeats`` after one that is not counted."""
+    taken = []
+    for _ in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+# -------------------------------------------------------------------------------------------------------------------- in words
+
+
+def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], measured: Measured | None = None) -> str:
+    """The plan as a table of lines, with hours for these GPUs; see :data:`GPUS` and :func:`gpus_here`."""
+    lines = ["Disk"]
+    lines += [f"  {name:36} {gib(size):>12}" for name, size in plan.disk.items()]
+    lines += ["Memory at the peak of each stage (on a GPU 0.6 GiB more for CUDA itself)"]
+    for stage, parts in plan.memory.items():
+        named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        lines.append(f"  {stage:18} {gib(sum(parts.values())):>12}   {named}")
+    lines += ["Network calls and turns", *(f"  {name:36} {number:>12,}" for name, number in plan.calls.items())]
+    if gpus or measured:
+        lines += [f"Hours, at {SHARE_OF_PEAK:.0%} of a GPU's peak rate   trajectories   training"]
+    for name, (rate, memory) in gpus.items():
+        fits = "" if plan.peak + CONTEXT < memory * 2**30 else "   does not fit"
+        lines.append(f"  {name:36} {plan.hours(rate, 'trajectories'):12.2f} {plan.hours(rate, 'training'):10.2f}{fits}")
+    if measured:
+        counts, settings = turn_counts(config), config.trajectories
+        rows = min(settings.batch_size, settings.count)
+        rolling = measured.teacher_pass * settings.slots * settings.fine_steps * settings.count / rows
+        training = sum(counts[name] * seconds for name, seconds in measured.turns.items())
+        lines += [f"  {'measured here':36} {rolling / 3600:12.2f} {training / 3600:10.2f}"]
+        lines += [f"Measured here, {config.torch_device}, {torch.get_num_threads()} CPU threads, random weights"]
+        lines += [f"  {f'a fine step of {rows} trajectories':36} {measured.teacher_pass:10.3f} s"]
+        lines += [f"  {f'turn, {name}':36} {seconds:10.3f} s" for name, seconds in measured.turns.items()]
+        lines += [f"  {'memory at the peak':36} {gib(measured.peak):>12}"]
+    return "\n".join(lines)
