@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -153,10 +154,10 @@ def plan(
 ) -> None:
     """What a run would cost: disk, memory, network calls, hours. Loads no weights."""
     from rapm import plan as planning
-    from rapm.teacher import teacher_of
+    from rapm.teacher import architecture_of
 
     chosen = _configuration(config, preset, teacher, teacher_config, None, None, size, settings)
-    found = teacher_of(chosen)
+    found = architecture_of(chosen)
     planned = planning.make_plan(chosen, found)
     gpus = planning.gpus_here() or planning.GPUS
     print(planning.render(planned, chosen, gpus, planning.measure(chosen, found) if measure else None))
@@ -272,6 +273,7 @@ def main() -> None:
     """Runs a command; a user's mistake is one line and exit code 2."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of image processors and casts that nobody here can help
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor of kernels for CPUs
     try:
         app()
     except (UserError, OSError) as error:  # an OSError here is a disk that is full or a folder that may not be written

@@ -76,7 +76,7 @@ class Plan:
 
 
 class _Account(TorchDispatchMode):
-    """Counts, on the meta device: FLOPs, and the bytes of all storages alive, now and at the most."""
+    """Counts, on the meta device: FLOPs, and the bytes of all storages that came to be and are alive, now and at the most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,10 +92,11 @@ class _Account(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive:
+                if storage._cdata not in self._alive and storage._cdata not in given:  # else a view of what was there before
                     self._alive[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)

@@ -8,7 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,10 @@ from rapm.toy import TEACHER as TOY
 
 RANDOM = "random:"
 LAYOUTS = Path(__file__).parent / "families" / "layouts"  # published architectures: configs without weights
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
+}
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError, HfHubHTTPError)
@@ -273,6 +277,12 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
 def teacher_of(config: Config) -> Teacher:
     """A run's teacher; raises as :func:`find_teacher` does."""
     return find_teacher(config.teacher, config=config.teacher_config, loras=config.teacher_loras)
+
+
+def architecture_of(config: Config) -> Teacher:
+    """A run's teacher for planning: of the published models the shipped configs are enough, so nothing is downloaded."""
+    published = PUBLISHED.get(config.teacher.partition("@")[0])
+    return replace(find_teacher(published), source=config.teacher) if published else teacher_of(config)
 
 
 def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:

@@ -1,0 +1,213 @@
+"""What a run costs, foretold and then paid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rapm import config as configuration
+from rapm.config import Config, load
+from rapm.doctor import examine
+from rapm.errors import UserError
+from rapm.plan import GPUS, SHARE_OF_PEAK, Stub, check_room, count, make_plan, measure, render, turn_counts, turns
+from rapm.run import Run
+from rapm.stages import make_trajectories, train_run
+from rapm.teacher import architecture_of, find_teacher, load_backbone, teacher_of
+from rapm.train import make_players
+
+
+def changed(config: Config, **sections: dict[str, object]) -> Config:
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
+
+
+def test_flops_and_bytes_by_hand() -> None:
+    """y = relu(x w): x and w were there before; y and its half are new, and w's transpose is none."""
+    x, w = torch.empty(8, 16, device="meta"), torch.empty(32, 16, device="meta")
+
+    def work() -> None:
+        y = torch.relu(x @ w.t())
+        del y
+        torch.empty(5, device="meta")
+
+    assert count(work) == (2 * 8 * 16 * 32, 2 * 8 * 32 * 4)
+
+
+def test_attention_is_counted_without_its_matrix() -> None:
+    q = torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    flops, peak = count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert flops == 4 * 2 * 512 * 512 * 64
+    assert peak < 2 * 512 * 512 * 2  # bytes of the matrix
+
+
+def test_a_logged_loss_is_no_obstacle() -> None:
+    assert count(lambda: float(torch.empty(3, device="meta").sum()))[0] == 0
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("slot_batch", [1, 3])
+def test_flops_are_those_of_real_turns(
+    tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int
+) -> None:
+    """All slots of real turns, by torch's own counter. (It counts plain attention, whose backward pass computes less again.)"""
+    config = changed(tiny_config, training={"slot_batch": slot_batch}).model_copy(update={"teacher": str(small_teachers[kind])})
+    teacher = teacher_of(config)
+    plan = make_plan(config, teacher)
+    stub = Stub(config, teacher, "cpu")
+    players = make_players(config, load_backbone(teacher, config, "cpu"), stub, teacher.schedule)  # type: ignore[arg-type]
+    number, total = turn_counts(config), 0.0
+    for name, turn in turns(players, stub).items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            turn()
+        total += number[name] * counted.get_total_flops()
+    assert plan.flops["training"] == pytest.approx(total, rel=0.03)
+    assert plan.hours(100, "training") == pytest.approx(plan.flops["training"] / (100e12 * SHARE_OF_PEAK * 3600))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_disk_and_turns_are_those_of_the_run(
+    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    config = changed(tiny_config, critics={"start": 0.4}, training={"keep_checkpoints": 2}, student={"rank": 64})
+    config = config.model_copy(update={"teacher": str(small_teachers[kind])})
+    plan = make_plan(config, teacher_of(config))
+    run = Run.open(tmp_path / "run", config)
+    store = make_trajectories(run)
+    assert train_run(run)
+
+    def size(*files: Path) -> int:
+        return sum(file.stat().st_size for file in files)
+
+    checkpoints = sorted(run.checkpoints.glob("step-*"))
+    assert plan.disk["checkpoints, 2"] == pytest.approx(size(*checkpoints), rel=0.05)  # names in files' headers
+    shards = [store[k] for k in range(len(store))]
+    assert plan.disk["positions"] == sum(4 * (row.coarse.numel() + row.nudged.numel()) for row in shards)
+    of_prompt = sum(value.numel() for name, value in shards[0].conditioning.items() if name != "time_ids")
+    assert plan.disk["prompts' embeddings, at most"] == 4 * of_prompt * 7
+    kinds = [
+        "critics" if "absolute_critic" in record else "student" if "absolute_adversarial" in record else "distances"
+        for record in run.read_metrics()
+    ]
+    assert {name: kinds.count(name) for name in ("distances", "student", "critics")} == turn_counts(config)
+    assert plan.calls["trajectories"] == 6 * 3 * 4 * 2
+    learned = plan.memory["training"]
+    _, state = run.load_checkpoint()
+
+    def held(part: str) -> int:
+        return sum(value.numel() * 4 for name, value in state.items() if part in name)
+
+    assert learned["adapters and heads"] == held(".weights.")
+    assert learned["their average"] == held("average.")
+    assert learned["optimiser"] == pytest.approx(held(".optimizer."), rel=0.01)  # counts of steps aside
+
+
+def test_memory_follows_the_settings(tiny_config: Config) -> None:
+    """Each setting lowers the part that it says it lowers."""
+    base = changed(tiny_config, training={"slot_batch": 3}, trajectories={"size": "64x64"}).model_copy(
+        update={"precision": "bfloat16"}
+    )
+    teacher = teacher_of(base)
+    network = teacher.load_network(torch.bfloat16, "cpu")
+    plain = make_plan(base, teacher).memory["training"]
+    assert plain["network"] == sum(2 * p.numel() for p in network.parameters())
+    cheaper = {
+        "network": base.model_copy(update={"base_precision": "int8"}),
+        "optimiser": changed(base, training={"optimizer": "adamw8bit"}),
+        "gradients and activations": changed(base, training={"slot_batch": 1}),
+        "adapters and heads": changed(base, student={"rank": 1}),
+    }
+    for part, config in cheaper.items():
+        assert make_plan(config, teacher).memory["training"][part] < 0.75 * plain[part], part
+    checkpointed = changed(base, training={"gradient_checkpointing": True})
+    assert make_plan(checkpointed, teacher).memory["training"]["gradients and activations"] < plain["gradients and activations"]
+
+
+def test_activations_are_those_of_a_real_turn(tiny_config: Config) -> None:
+    """The bytes that autograd keeps of a real pass on the CPU, by its own hooks, are there in the plan's account of it."""
+    teacher = teacher_of(tiny_config)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def work(device: str) -> None:
+        stub = Stub(tiny_config, teacher, device)
+        backbone = load_backbone(teacher if device == "cpu" else bare(teacher), tiny_config, device)
+        backbone.add_role("student", 4, backbone.lora_targets, 0)
+        z = stub.trajectory.coarse[:1]
+        conditioning = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
+        weights = {p.untyped_storage()._cdata for p in backbone.network.parameters()}
+
+        def forward() -> None:
+            with backbone.role("student"):
+                done.append(backbone(z, torch.full((1,), 500), conditioning))
+
+        done: list[Tensor] = []
+        if device == "meta":
+            found.append(count(forward)[1])
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                forward()
+            found.append(sum(size for key, size in kept.items() if key not in weights))
+
+    found: list[int] = []
+    from rapm.plan import without_weights as bare
+
+    work("cpu")
+    work("meta")
+    saved, peak = found
+    assert saved <= peak <= 1.5 * saved
+
+
+@pytest.mark.parametrize("name", [name for name in configuration.presets() if name != "toy"])
+def test_presets_are_whole_and_name_published_models(name: str) -> None:
+    config = load(preset=name)
+    teacher = architecture_of(config)
+    assert teacher.source == config.teacher
+    assert name.startswith("sdxl") == (teacher.family.pipeline.__name__ == "StableDiffusionXLPipeline")
+    if name.endswith("gb"):
+        assert config.precision == "bfloat16"
+
+
+def test_too_little_disk_or_memory_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+    plan = make_plan(tiny_config, teacher_of(tiny_config))
+    check_room(plan, tiny_config, tmp_path / "not" / "there" / "yet")
+    large = make_plan(changed(tiny_config, trajectories={"count": 10**9}), teacher_of(tiny_config))
+    with pytest.raises(UserError, match=r"the run needs [\d.]+ GiB more on disk, .* has [\d.]+ GiB; fewer trajectories.count"):
+        check_room(large, tiny_config, tmp_path)
+    wide = replace(plan, memory={"pictures": {"network": 1}, "training": {"network": 10**15}})
+    with pytest.raises(UserError, match=r"training needs 931322\.57 GiB of memory, there are [\d.]+ GiB; see 'rapm plan'"):
+        check_room(wide, tiny_config, tmp_path)
+
+
+def test_what_is_measured_is_told(tiny_config: Config) -> None:
+    teacher = teacher_of(tiny_config)
+    text = render(make_plan(tiny_config, teacher), tiny_config, GPUS, measure(tiny_config, teacher, 1))
+    assert "RTX 4090 24 GB" in text
+    assert "turn, critics" in text
+    assert "a fine step of 3 trajectories" in text
+    assert "hours" not in render(make_plan(tiny_config, teacher), tiny_config, {}).lower()
+
+
+def test_the_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    lines = list(examine())
+    assert any(f"torch {torch.__version__}" in line for line in lines)
+    assert any(line.startswith("! HF_HUB_OFFLINE is set") for line in lines)
+    if not torch.cuda.is_available():
+        assert any(line.startswith("! ") and "fine for the toy teacher" in line for line in lines)
+
+
+def test_random_weights_need_no_files() -> None:
+    assert find_teacher("random:sd15").random
