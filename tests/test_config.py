@@ -16,7 +16,6 @@ FREE = [
     "trajectories.batch_size",
     "training.slot_batch",
     "training.gradient_checkpointing",
-    "training.compile",
     "training.channels_last",
     "training.checkpoint_every",
     "training.keep_checkpoints",
@@ -86,7 +85,7 @@ def test_a_prompt_file_is_kept_as_an_absolute_path_and_a_hub_data_set_as_it_is(t
 def test_a_setting_is_toml_or_else_text():
     settings = ["trajectories.prompts=my prompts.txt", "student.targets=['to_q']", "training.huber_c=1e-2", "training.seed=-3"]
     config = load(settings=settings)
-    assert config.trajectories.prompts == "my prompts.txt"
+    assert config.trajectories.prompts == str(Path("my prompts.txt").absolute())
     assert config.student.targets == ["to_q"]
     assert config.training.huber_c == 0.01
     assert config.training.seed == -3
@@ -203,6 +202,29 @@ def test_an_unknown_preset():
     with pytest.raises(UserError) as caught:
         load(preset="huge")
     assert str(caught.value) == f"there is no preset 'huge'; there are: {', '.join(configuration.presets())}"
+
+
+def test_names_of_files_are_kept_absolute(tmp_path, monkeypatch):
+    """Those in a TOML file are relative to it, those of options and settings to where one stands; ~ is the home folder."""
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.toml"
+    file.write_text('teacher = "model"\nteacher_loras = ["a.safetensors:0.5"]\n[trajectories]\nprompts = "p.txt"\n')
+    config = load(file)
+    assert config.teacher == str(tmp_path / "model")
+    assert config.teacher_loras == [str(tmp_path / "a.safetensors:0.5")]
+    assert config.trajectories.prompts == str(tmp_path / "p.txt")
+    assert load(teacher="model").teacher == load(settings=["teacher=model"]).teacher == str(tmp_path / "here" / "model")
+    assert load(teacher="~/model").teacher == str(tmp_path / "model")
+    assert load(teacher="owner/name").teacher == "owner/name"
+
+
+@pytest.mark.parametrize("name", ["teacher", "prompts"])
+def test_an_unset_variable_is_no_name(name):
+    with pytest.raises(UserError, match=f"--{name} is empty"):
+        load(**{name: ""})
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import SMALL, make_lora
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from ldm import save_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -199,6 +199,8 @@ def test_what_is_no_checkpoint_is_refused(small_teachers: dict[str, Path], tmp_p
     assert refused(file).startswith(f"teacher '{file}' is no whole checkpoint: there is no denoising network")
     save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1), "img_in.weight": torch.zeros(4, 64)}, file)
     assert refused(file).startswith(f"teacher '{file}' looks like 'flux-")
+    save_file({"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": torch.zeros(1)}, file)
+    assert refused(file).startswith(f"teacher '{file}' ")
     file.write_bytes(b"\x00" * 100)
     assert refused(file) == f"{file} is damaged, or no safetensors file"
     file.unlink()
@@ -260,6 +262,33 @@ def test_an_editing_model_is_no_teacher(small_teachers: dict[str, Path], tmp_pat
     assert "takes 9 channels where its VAE gives 4" in refused(tmp_path / "teacher")
 
 
+def test_a_flow_matching_teacher_is_refused(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    """DDIMScheduler would take its own default betas without a word."""
+    shutil.copytree(small_teachers["sd15"], tmp_path / "teacher")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "teacher" / "scheduler")
+    assert "has a FlowMatchEulerDiscreteScheduler, which has no betas" in refused(tmp_path / "teacher")
+
+
+def test_an_empty_tokenizer_or_config_is_named(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "a")
+    for file in (tmp_path / "a" / "tokenizer").iterdir():
+        file.unlink()
+    assert refused(tmp_path / "a").endswith("is incomplete: its tokenizer has no vocabulary")
+    shutil.copytree(small_teachers["sd15"], tmp_path / "b")
+    (tmp_path / "b" / "vae" / "config.json").write_text("{}")
+    assert refused(tmp_path / "b").endswith("the config of its unet or vae is incomplete")
+
+
+def test_a_folder_of_fp16_files_alone(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(small_teachers["sd15"], folder)
+    for part in ("unet", "text_encoder", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    whole, again = (find_teacher(str(each)).load_network(torch.float32, "cpu") for each in (small_teachers["sd15"], folder))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
 def test_noise_predicted_at_zero_terminal_snr_is_refused(small_teachers: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(small_teachers["sd15"], tmp_path / "teacher")
     file = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
@@ -291,7 +320,15 @@ def test_a_lora_must_be_one(small_teachers: dict[str, Path], tmp_path: Path) -> 
     assert refused(teacher, loras=["none.safetensors"]) == "there is no LoRA file none.safetensors; write FILE or FILE:STRENGTH"
     assert refused(teacher, loras=["C:a.safetensors"]).startswith("there is no LoRA file C:a.safetensors;")  # no strength
     file = teacher / "vae" / "diffusion_pytorch_model.safetensors"
-    assert refused(teacher, loras=[str(file)]).startswith(f"LoRA {file} does not fit teacher")
+    assert refused(teacher, loras=[str(file)]).startswith(f"LoRA {file} holds 'decoder.conv_in.bias', which is no plain LoRA's")
+    plain = load_file(make_lora(teacher, tmp_path / "lora", "kohya"))
+    down = next(name for name in plain if name.endswith("lora_down.weight"))
+    for kind in ("dora_scale", "hada_w1_a", "lokr_w1"):  # diffusers drops the first of these in silence
+        odd = down.replace("lora_down.weight", kind)
+        save_file(plain | {odd: torch.ones(1)}, tmp_path / "odd.safetensors")
+        assert f"holds '{odd}', which is no plain LoRA's" in refused(teacher, loras=[str(tmp_path / "odd.safetensors")])
+    save_file({name: value for name, value in plain.items() if name != down}, tmp_path / "half.safetensors")
+    assert not refused(teacher, loras=[str(tmp_path / "half.safetensors")]).endswith(": ")
 
 
 @pytest.fixture

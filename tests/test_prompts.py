@@ -119,7 +119,7 @@ def test_what_comes_again_is_left_out_and_counted(write):
             "a.tsv line 2: cells and columns differ in number (1 and 2); a prompt with a tab in it needs quotes",
         ),
         ("a.csv", 'prompt\na cat\n"a dog\na fox\n', "a.csv line 3: this row cannot be read (unexpected end of data)"),
-        ("a.csv", 'prompt,seed\n"a\ncat",1\na dog,2.0\n', "a.csv line 4: seed is not an integer (given: '2.0')"),
+        ("a.csv", 'prompt,seed\n"a\ncat",1\na dog,2.5\n', "a.csv line 4: seed is not an integer (given: '2.5')"),
         ("a.csv", "prompt,seed\na cat,1\n ,2\n", "a.csv line 3: prompt is empty"),
         ("a.jsonl", '"a cat"\n{"prompt": \n', "a.jsonl line 2: this is not JSON (Expecting value)"),
         (
@@ -165,7 +165,9 @@ def test_mistakes_in_a_parquet_file(write, monkeypatch):
     pq.write_table(pa.table({"prompt": ["a", "b", None]}), "a.parquet")
     assert told("a.parquet") == "a.parquet row 3: prompt is empty"
     pq.write_table(pa.table({"prompt": ["a", "b"], "seed": [1.0, 2.5]}), "a.parquet")
-    assert told("a.parquet") == "a.parquet row 1: seed is not an integer (given: 1.0)"
+    assert told("a.parquet") == "a.parquet row 2: seed is not an integer (given: 2.5)"
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "seed": [1.0, None, float("nan")]}), "a.parquet")
+    assert [prompt.seed for prompt in read_prompts("a.parquet").prompts] == [1, None, None]
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), "a.parquet")
     assert told("a.parquet") == "a.parquet holds no prompts"
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

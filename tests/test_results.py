@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from rapm.errors import UserError
 from rapm.network import STUDENT, TEACHER
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.stages import distill_config, evaluate_run, export_run, make_trajectories, sample_run, train_run
+from rapm.stages import distill_config, evaluate_run, export_run, make_trajectories, open_run, sample_run, train_run
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -182,3 +183,39 @@ def test_a_finished_run_is_skipped_stage_by_stage(finished: Run) -> None:
 def test_only_the_toy_world_is_scored(finished: Run) -> None:
     with pytest.raises(UserError, match="only the toy teacher has an oracle"):
         evaluate_run(finished)
+
+
+def test_another_teacher_is_not_drawn_with(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    """The student is of one network; weights that changed since are told before anything is drawn or exported."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(small_teachers["sd15"], folder)
+    run = Run.open(tmp_path / "run", make_config(folder, tmp_path))
+    make_trajectories(run)
+    assert train_run(run)
+    shutil.copy(small_teachers["sd21"] / "vae" / "config.json", folder / "unet" / "other.json")
+    for act in (export_run, sample_run):
+        with pytest.raises(UserError, match="holds trajectories made with another teacher"):
+            act(run)
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(small_teachers["sd15"], tmp_path)
+    run = open_run(config, tmp_path / "run")
+    make_trajectories(run)
+    other = config.model_copy(update={"trajectories": config.trajectories.model_copy(update={"count": 5})})
+    for manifest in (True, False):  # finished, and stopped half-way
+        if not manifest:
+            (run.trajectories / "manifest.json").unlink()
+        with pytest.raises(UserError, match="holds trajectories made with"):
+            open_run(other, run.folder)
+        assert Run.existing(run.folder).config == config
+
+
+def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(finished: Run, tmp_path: Path) -> None:
+    file = Path(finished.config.trajectories.prompts)
+    text = file.read_text(encoding="utf-8")
+    file.unlink()
+    try:
+        assert sample_run(finished, count=1, many_steps=4, file=tmp_path / "a.png").is_file()
+    finally:
+        file.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from rapm.config import Config
 from rapm.errors import UserError
@@ -222,3 +224,18 @@ def test_guidance_of_one_asks_once() -> None:
     guided(denoiser, {}, 1.0)(z, t, {})
     guided(denoiser, {"c": torch.zeros(1, 2)}, 2.0)(z, t, {"c": torch.ones(3, 2)})
     assert asked == [3, 6]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_not_finite_is_not_stored(tiny_config: Config, tiny_teacher: Path, tmp_path: Path, precision: str) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    file = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] = float("nan")
+    save_file(weights, file)
+    run = Run.open(
+        tmp_path / "run", tiny_config.model_copy(update={"teacher": str(tmp_path / "teacher"), "precision": precision})
+    )
+    with pytest.raises(UserError, match="trajectories 0 to 2 are not finite; nothing of them was stored"):
+        make_trajectories(run)
+    assert not list(run.trajectories.glob("shard-*"))

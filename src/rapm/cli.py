@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,9 +85,18 @@ def _open_run(config: Config, out: Path) -> Run:
     """The run that a command's options ask for; says what its prompts are."""
     from rapm import stages
 
-    run = stages.open_run(config, out)
+    run = stages.open_run(config, out.expanduser())
     print(stages.describe_prompts(run))
     return run
+
+
+@contextmanager
+def _told_when_stopped(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -111,9 +123,9 @@ def distill(
     print(render(plan, chosen, gpus_here()))
     if not force:
         check_room(plan, chosen, out)
-    if not stages.distill_run(run):
-        print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
-        raise typer.Exit(130)
+    with _told_when_stopped(out):
+        if not stages.distill_run(run):
+            raise KeyboardInterrupt
     print(f"LoRA for diffusers: {run.export / stages.LORA_FILE}")
     for picture in sorted(run.samples.glob("*.png")):
         print(f"Picture: {picture}")
@@ -135,7 +147,7 @@ def trajectories(
     from rapm import stages
 
     run = _open_run(_configuration(config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings), out)
-    with run.locked():
+    with _told_when_stopped(out), run.locked():
         store = stages.make_trajectories(run)
     print(f"{len(store)} trajectories in {store.folder}")
 
@@ -182,6 +194,8 @@ def prompts(
     from rapm.files import write_text
     from rapm.grammar import compose
 
+    if out.exists():
+        raise UserError(f"--out {out} is there already; name another file")
     if out.suffix.lower() != ".txt":
         raise UserError(f"--out {out}: prompts are written one a line, into a file that ends in .txt")
     write_text(out, "\n".join(compose(count, seed)) + "\n")
@@ -226,6 +240,8 @@ def sample(
     from rapm import stages
     from rapm.run import Run
 
+    if file and file.suffix.lower() != ".png":
+        raise UserError(f"--file {file}: pictures are written as PNG, into a file that ends in .png")
     picture = stages.sample_run(
         Run.existing(run),
         prompts=prompt or (),
@@ -274,6 +290,7 @@ def main() -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of image processors and casts that nobody here can help
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor of kernels for CPUs
+    warnings.simplefilter("ignore", FutureWarning)  # diffusers' of teachers' configs, each with the whole config in it
     try:
         app()
     except (UserError, OSError) as error:  # an OSError here is a disk that is full or a folder that may not be written

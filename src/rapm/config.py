@@ -146,8 +146,6 @@ class Training(Section):
     """adamw8bit holds AdamW's state in 8 bits (arXiv 2110.02861); takes bitsandbytes."""
     gradient_checkpointing: bool = True
     """Trade a second forward for memory; the same gradients."""
-    compile: bool = False
-    """torch.compile of the network's transformer blocks: minutes at the start, then faster; results within rounding."""
     channels_last: bool = False
     """Convolutions' memory layout, faster on many GPUs; results within rounding."""
     seed: int = 0
@@ -235,7 +233,6 @@ _FREE_ON_RESUME = {
     ("training", "keep_checkpoints"),
     ("training", "slot_batch"),
     ("training", "gradient_checkpointing"),
-    ("training", "compile"),
     ("training", "channels_last"),
 }
 
@@ -292,6 +289,27 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _absolute(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes what it names of files and folders absolute, as a run may go on from another place; ``~`` is the home folder."""
+
+    def found(name: object, *, must: bool) -> Any:
+        if not isinstance(name, str) or not name or is_hub(name):
+            return name
+        path = os.path.abspath(folder / Path(name).expanduser())
+        return path if must or os.path.exists(path) else name  # else it may be a hub id, or 'toy'
+
+    table = dict(table)
+    for key, must in (("teacher", False), ("teacher_config", True)):
+        if key in table:
+            table[key] = found(table[key], must=must)
+    if isinstance(table.get("teacher_loras"), list):
+        table["teacher_loras"] = [found(name, must=True) for name in table["teacher_loras"]]  # with the strength at its end
+    trajectories = table.get("trajectories")
+    if isinstance(trajectories, Mapping) and "prompts" in trajectories:
+        table["trajectories"] = {**trajectories, "prompts": found(trajectories["prompts"], must=True)}
+    return table
 
 
 def parse_text(text: str, origin: str) -> Config:
@@ -351,16 +369,20 @@ def load(
         UserError: anything in them is wrong.
     """
     table: dict[str, Any] = {}
-    given = [_read(file)] if file else []
-    given += [_setting(text) for text in settings]
+    given = [_absolute(_read(file), file.parent)] if file else []
+    options: dict[str, Any] = {}
+    for name, value in (("teacher", teacher), ("prompts", prompts)):
+        if value is not None and not str(value).strip():
+            raise UserError(f"--{name} is empty")
     if teacher:
-        given.append({"teacher": str(Path(teacher).resolve()) if Path(teacher).exists() else teacher})
+        options["teacher"] = teacher
     if teacher_config:
-        given.append({"teacher_config": str(teacher_config.resolve())})
+        options["teacher_config"] = str(teacher_config)
     if teacher_loras:
-        given.append({"teacher_loras": [os.path.abspath(lora) for lora in teacher_loras]})  # with the strength at its end
+        options["teacher_loras"] = list(teacher_loras)
     if prompts:
-        given.append({"trajectories": {"prompts": str(prompts if is_hub(prompts) else Path(prompts).resolve())}})
+        options["trajectories"] = {"prompts": str(prompts)}
+    given += [_absolute(part, Path()) for part in (*(_setting(text) for text in settings), options)]
     if size:
         given.append({"trajectories": {"size": size}})
     source = next((t["teacher"] for t in reversed(given) if "teacher" in t), "toy")

@@ -40,7 +40,6 @@ class Backbone:
         lora_targets: names of the modules that get LoRA unless a role names its own.
         taps: module paths whose outputs are the features, in the order they are reached.
         gradient_checkpointing: trade a second forward for memory; gradients are the same.
-        compile: torch.compile of the blocks that repeat in the network, each for every role it is played in.
         channels_last: convolutions' memory layout.
     """
 
@@ -52,7 +51,6 @@ class Backbone:
         taps: Sequence[str] = (),
         *,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
         channels_last: bool = False,
     ) -> None:
         self.network: Any = network.requires_grad_(False).eval()
@@ -73,10 +71,6 @@ class Backbone:
             self.network.enable_gradient_checkpointing()
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
-        if compile:
-            # A graph for each role, with gradients and without, for each shape; past the limit of 8 torch runs them uncompiled.
-            torch._dynamo.config.recompile_limit = 64
-            self.network.compile_repeated_blocks()
 
     # ---------------------------------------------------------------------------------------------------------------- roles
 

@@ -103,9 +103,16 @@ def _prompt(row: _Row) -> Prompt:
 def _seed(value: object) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
+    if isinstance(value, float):  # what many tools make of a column of integers with gaps
+        if value != value:
+            return None
+        if not value.is_integer():
+            raise ValueError
+        return int(value)
     if not isinstance(value, str):
         raise ValueError
-    return int(value) if value.strip() else None
+    text = value.strip().removesuffix(".0")
+    return int(text) if text else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rapm.objective import Conditioning, Denoiser
 from rapm.run import Run
 from rapm.schedule import Schedule, trailing_timesteps
 from rapm.teacher import Teacher, teacher_of
-from rapm.trajectories import guided, picture_noise
+from rapm.trajectories import check_facts, guided, picture_noise
 
 
 @torch.no_grad()
@@ -98,13 +98,14 @@ def open_studio(run: Run, *, student: bool = True) -> Studio:
     """Loads what a run's pictures take: its teacher's network and, unless told not to, its trained student.
 
     Raises:
-        UserError: the run's teacher is gone, or the run has no checkpoint yet.
+        UserError: the run's teacher is gone or another than it was, or the run has no checkpoint yet.
     """
     config = run.config
     step, state = run.load_checkpoint() if student else (0, {})
     if student and not step:
         raise UserError(f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'")
     teacher = teacher_of(config)
+    check_facts(run.trajectories, {"teacher": teacher.fingerprint})  # another network's student would be drawn
     family = teacher.family
     backbone = Backbone(teacher.load_network(config.torch_dtype, config.torch_device), family.call, family.lora_targets)
     if student:

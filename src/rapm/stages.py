@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,9 +50,11 @@ def open_run(config: Config, out: Path) -> Run:
     Raises:
         UserError: no such teacher, prompts or device, or the folder holds something else.
     """
-    teacher, _, _ = teacher_of(config), _prompts(config), config.torch_device
+    teacher, prompts, _ = teacher_of(config), _prompts(config), config.torch_device
     for size in config.trajectories.sizes():
         teacher.latent_shape(size)
+    # Before the run takes these settings over: its trajectories may be others'.
+    check_facts(out / "trajectories", _facts(config, teacher, prompts), complete=True)
     return Run.open(out, config)
 
 
@@ -71,8 +74,13 @@ def describe_prompts(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------------- trajectories
 
 
-def _facts(config: Config, teacher: Teacher) -> dict[str, Any]:
-    """What trajectories depend on beside the prompts' text."""
+def _facts(config: Config, teacher: Teacher, prompts: PromptList) -> dict[str, Any]:
+    """All that trajectories depend on."""
+    listed = json.dumps([[prompt.text, prompt.seed] for prompt in prompts.prompts[: config.trajectories.count]])
+    return _facts_without_prompts(config, teacher) | {"prompts": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
     settings = config.trajectories
     return {
         "teacher": teacher.fingerprint,
@@ -136,10 +144,10 @@ def make_trajectories(run: Run) -> TrajectoryStore:
     """
     config, settings = run.config, run.config.trajectories
     teacher = teacher_of(config)
-    prompts = _prompts(config).prompts[: settings.count]  # no trajectory has one of the others, and encoding them takes memory
-    listed = json.dumps([[prompt.text, prompt.seed] for prompt in prompts])
-    facts = _facts(config, teacher) | {"prompts": hashlib.sha256(listed.encode()).hexdigest()}
-    if check_facts(run.trajectories, facts):
+    listed = _prompts(config)
+    prompts = listed.prompts[: settings.count]  # no trajectory has one of the others, and encoding them takes memory
+    facts = _facts(config, teacher, listed)
+    if check_facts(run.trajectories, facts, complete=True):
         return TrajectoryStore.open(run.trajectories)
     device, family = config.torch_device, teacher.family
     sizes = [(teacher.latent_shape(size), family.of_size(*(size or teacher.size()))) for size in settings.sizes()]
@@ -188,7 +196,7 @@ def train_run(run: Run) -> bool:
     if run.checkpoint_steps()[-1:] == [run.config.training.iterations]:
         return True
     teacher = teacher_of(run.config)
-    check_facts(run.trajectories, _facts(run.config, teacher))
+    check_facts(run.trajectories, _facts_without_prompts(run.config, teacher))
     store = TrajectoryStore.open(run.trajectories)
     with _within_memory(run.config, "training"):
         return train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule)
@@ -197,8 +205,7 @@ def train_run(run: Run) -> bool:
 # ------------------------------------------------------------------------------------------------------------------- results
 
 CARD = """---
-base_model: {base}
-base_model_relation: adapter
+{base}base_model_relation: adapter
 tags: [text-to-image, diffusers, lora, template:sd-lora, rapm]
 ---
 # A {steps}-step LoRA by RAPM
@@ -207,6 +214,8 @@ Distilled with rapm {version} (relative and absolute position matching, arXiv 25
 {guidance_scale}, which is baked in: sample without guidance.
 {loras}
 ```python
+from diffusers import DDIMScheduler
+
 pipe.load_lora_weights("FOLDER")          # strength 1.0
 pipe.scheduler = DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")
 pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0)
@@ -224,14 +233,16 @@ def export_run(run: Run) -> Path:
     with complete_or_absent_folder(run.export) as folder:
         part = teacher.family.network
         layers = {f"{part}_lora_layers": backbone.lora_state(STUDENT)}
-        metadata = {f"{part}_lora_adapter_metadata": backbone.configs[STUDENT].to_dict()}
+        lora = backbone.configs[STUDENT].to_dict()
+        lora["target_modules"] = sorted(lora["target_modules"])  # a set: in another order each time
+        metadata = {f"{part}_lora_adapter_metadata": lora}
         teacher.family.pipeline.save_lora_weights(folder, **layers, **metadata)
         share(folder / LORA_FILE)
         teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
         fused = "".join(f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras)
         card = CARD.format(
-            base=config.teacher,
-            teacher=config.teacher,
+            base="" if os.path.isabs(config.teacher) else f"base_model: {config.teacher.partition('@')[0]}\n",
+            teacher=os.path.basename(config.teacher),
             loras=f"\nIts teacher has these LoRAs fused in; load them too, at that strength:\n\n{fused}" if fused else "",
             steps=config.trajectories.slots,
             guidance_scale=config.trajectories.guidance_scale,
@@ -266,7 +277,7 @@ def sample_run(
     studio = open_studio(run)
     if not prompts:
         is_toy = run.config.teacher == "toy" and not run.config.trajectories.prompts
-        prompts = scenes.captions(count, 1, "validation") if is_toy else [p.text for p in _prompts(run.config).prompts]
+        prompts = scenes.captions(count, 1, "validation") if is_toy else TrajectoryStore.open(run.trajectories).prompts()
     texts = [prompts[i % len(prompts)] for i in range(count)]
     seeds = range(seed, seed + count)
     scale = studio.guidance_scale

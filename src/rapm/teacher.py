@@ -38,6 +38,7 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
 }
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_PLAIN_LORA = (".alpha", *(f".{half}.weight" for half in ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up")))
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError, HfHubHTTPError)
 
@@ -122,7 +123,9 @@ class Teacher:
                     str(self.checkpoint), config=str(self.folder), local_files_only=True, torch_dtype=precision, **absent
                 )
             else:
-                pipeline = self.family.pipeline.from_pretrained(self.folder, dtype=precision, use_safetensors=True, **absent)
+                pipeline = self.family.pipeline.from_pretrained(
+                    self.folder, dtype=precision, use_safetensors=True, variant=self._variant(parts), **absent
+                )
             pipeline.to(device)
         except _UNREADABLE as error:
             raise UserError(f"teacher '{self.source}' cannot be loaded: {_first_line(error)}") from None
@@ -131,6 +134,11 @@ class Teacher:
         for lora in self.loras if fusible else ():
             self._fuse(pipeline, fusible, lora)
         return pipeline
+
+    def _variant(self, parts: Sequence[str]) -> str | None:
+        """fp16 when that is all that a part's folder has weights of."""
+        weights = [[file.name for file in (self.folder / part).glob("*.safetensors")] for part in parts]
+        return "fp16" if any(names and all(".fp16." in name for name in names) for names in weights) else None
 
     def load_tokenizers(self) -> list[Any]:
         """All that a prompt goes through, each with its own limit. Raises as :meth:`load` does."""
@@ -265,7 +273,9 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
             f"teacher '{source}' says that it predicts v, its configs say '{teacher.schedule.prediction_type}'; name a folder "
             "whose scheduler has prediction_type v_prediction with --teacher-config"
         )
-    channels = teacher.config(family.network)["in_channels"], teacher.config("vae")["latent_channels"]
+    channels = teacher.config(family.network).get("in_channels"), teacher.config("vae").get("latent_channels")
+    if None in channels:
+        raise UserError(f"teacher '{source}': the config of its {family.network} or vae is incomplete")
     if channels[0] != channels[1]:
         raise UserError(
             f"teacher '{source}' takes {channels[0]} channels where its VAE gives {channels[1]}: an inpainting or editing "
@@ -299,7 +309,6 @@ def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
         family.lora_targets,
         family.taps(network),
         gradient_checkpointing=training.gradient_checkpointing,
-        compile=training.compile,
         channels_last=training.channels_last,
     )
 
@@ -327,13 +336,23 @@ def _check_parts(source: str, folder: Path, family: Family, *, weights: bool) ->
             pickled = any((folder / part).glob("*.bin"))
             hint = ", only pickled ones, which are not read; save it anew with safe_serialization=True" if pickled else ""
             raise UserError(f"teacher '{source}' is incomplete: its {part} has no .safetensors weights{hint}")
+        if part.startswith("tokenizer") and not any(
+            (folder / part / name).is_file() for name in ("vocab.json", "tokenizer.json")
+        ):
+            raise UserError(f"teacher '{source}' is incomplete: its {part} has no vocabulary")
 
 
 def _schedule(source: str, folder: Path) -> Schedule:
     try:
-        scheduler = ddim_scheduler(diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler"))
+        config: Any = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
+        scheduler = ddim_scheduler(config)
     except (OSError, ValueError):
         raise UserError(f"teacher '{source}' has no readable scheduler/scheduler_config.json") from None
+    if not {"beta_start", "trained_betas"} & {*config}:
+        name = config.get("_class_name", "scheduler")
+        raise UserError(
+            f"teacher '{source}' has a {name}, which has no betas (flow matching?); this version distils DDPM-style models"
+        )
     kind, timesteps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
     if kind not in get_args(PredictionType) or timesteps != 1000:
         raise UserError(
@@ -358,6 +377,9 @@ def _lora(text: str) -> Lora:
         raise UserError(f"LoRA {file} is a pickle, which may run code when it is opened; convert it to .safetensors first")
     if not file.is_file():
         raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
+    strange = [name for name in _header(file) if not name.endswith(_PLAIN_LORA)]
+    if strange:  # diffusers drops some of these without a word
+        raise UserError(f"LoRA {file} holds '{strange[0]}', which is no plain LoRA's (a DoRA, LoHa, LoKr or another kind)")
     return Lora(file, strength)
 
 
@@ -384,7 +406,10 @@ def _layout_of_checkpoint(file: Path, config: str) -> Path:
         UserError: the file is no whole checkpoint of a known family, or its configs cannot be had.
     """
     header = _header(file)
-    kind = infer_diffusers_model_type(header)
+    try:
+        kind = infer_diffusers_model_type(header)
+    except KeyError:  # it looks into tensors that one of the kinds it half recognises does not have
+        raise UserError(f"teacher '{file}' is no checkpoint of a known kind") from None
     known = {name: family for family in families() for name in family.single_file}
     parts = {
         "a denoising network": ("model.diffusion_model.",),
@@ -392,7 +417,7 @@ def _layout_of_checkpoint(file: Path, config: str) -> Path:
         "a text encoder": ("cond_stage_model.", "conditioner.embedders."),
     }
     missing = [part for part, prefixes in parts.items() if not any(name.startswith(prefixes) for name in header)]
-    if kind not in known or (missing and kind != "v1"):
+    if kind not in known:
         raise UserError(f"teacher '{file}' looks like '{kind}'; of single files this version distils {', '.join(known)}")
     if missing:  # "v1" is what diffusers calls whatever it does not know
         raise UserError(f"teacher '{file}' is no whole checkpoint: there is no {' and no '.join(p[2:] for p in missing)} in it")
@@ -444,7 +469,9 @@ def _first_line(error: BaseException) -> str:
     """Of what began it all; torch's "Error(s) in loading ...:" says nothing before its second line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).strip().split("\n")]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    if "ignore_mismatched_sizes" in lines[0]:
+        return "tensors have other shapes than its layers"
     return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
 
 

@@ -151,6 +151,10 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return self.manifest["count"]
 
+    def prompts(self) -> list[str]:
+        """Texts of the prompts, in their order."""
+        return [prompt.text for prompt in self._prompts]
+
     def __getitem__(self, index: int) -> Trajectory:
         if not 0 <= index < len(self):
             raise IndexError(f"trajectory {index} of {len(self)}")
@@ -203,14 +207,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def check_facts(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether there is a finished store; ``facts`` may be some of those it was made from.
+def check_facts(folder: Path, facts: dict[str, Any], *, complete: bool = False) -> bool:
+    """Whether there is a finished store. ``facts`` may be some of those it was made from; ``complete`` says that they are all,
+    by which shards of an unfinished one are told too.
 
     Raises:
         UserError: it was made from other facts.
     """
     manifest = read_manifest(folder)
     if manifest is None:
+        if complete:
+            for shard in folder.glob("shard-*.safetensors"):
+                _finished_shard(shard, fingerprint(facts))
         return False
     changed = [name for name in facts if manifest["facts"].get(name) != facts[name]]
     if changed:
@@ -255,7 +263,7 @@ def make_store(
         facts: everything the trajectories depend on, as JSON; two stores with equal facts hold the same trajectories.
 
     Raises:
-        UserError: the folder holds trajectories made from other facts.
+        UserError: the folder holds trajectories made from other facts, or a position is not a number.
     """
     mark = fingerprint(facts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,6 +282,11 @@ def make_store(
                     of_prompt = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
                     repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in of_size.items()}
                     coarse, nudged = rollout(denoiser, schedule, grid, z, of_prompt | repeated)
+                    if not coarse.isfinite().all():
+                        raise UserError(
+                            f"trajectories {batch[0]} to {batch[-1]} are not finite; nothing of them was stored: the teacher's "
+                            "weights are damaged, or too large for float16 (take precision bfloat16 or float32)"
+                        )
                     for row, k in enumerate(batch):
                         tensors[f"coarse.{k - start}"], tensors[f"nudged.{k - start}"] = coarse[row].cpu(), nudged[row].cpu()
                     bar.update(len(batch))

@@ -1,0 +1,5 @@
+"""``python -m rapm`` is ``rapm``."""
+
+from rapm.cli import main
+
+main()
