@@ -15,7 +15,7 @@ SHOWN = ("RTX 3060 12 GB", "RTX 4090 24 GB", "RTX A6000 48 GB", "H100 80 GB")
 def main() -> None:
     print(f"| preset | trajectories | training | pictures | disk | {' | '.join(f'hours, {name}' for name in SHOWN)} |")
     print(f"|{'---|' * (5 + len(SHOWN))}")
-    for name in configuration.presets():
+    for name in (name for name in configuration.presets() if name != "toy"):
         config = configuration.load(preset=name)
         plan = make_plan(config, architecture_of(config))
         peaks = [sum(plan.memory[stage].values()) / 2**30 for stage in ("trajectories", "training", "pictures")]

@@ -228,7 +228,9 @@ def export(run: RunArgument) -> None:
 @app.command()
 def sample(
     run: RunArgument,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. None: captions of the toy world.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; repeatable. None: captions of the toy world, or the run's own prompts.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="The student's steps; N when left out.")] = None,
     few_steps: Annotated[int | None, typer.Option(min=1, max=1000, help="The teacher's steps in the second row.")] = None,
