@@ -143,12 +143,19 @@ def command(monkeypatch, *arguments):
 
 def test_the_command_writes_what_the_grammar_composes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "old.txt").write_text("old")
-    for name, count, seed in (("deep/new.txt", 40, 3), ("old.txt", 1, 0)):
+    for name, count, seed in (("deep/new.txt", 40, 3), ("other.txt", 1, 0)):
         assert not command(monkeypatch, "prompts", "--count", str(count), "--seed", str(seed), "--out", name)
         assert capsys.readouterr() == (f"{count} prompt{'s' * (count > 1)} in {name}\n", "")
         assert (tmp_path / name).read_text(encoding="utf-8").splitlines() == compose(count, seed)
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "new.txt", "old.txt"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "new.txt", "other.txt"]
+
+
+def test_the_command_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("by hand")
+    assert command(monkeypatch, "prompts", "--out", "mine.txt") == 2
+    assert capsys.readouterr().err == "rapm: --out mine.txt is there already; name another file\n"
+    assert (tmp_path / "mine.txt").read_text() == "by hand"
 
 
 def test_the_command_writes_text_files_alone(tmp_path, monkeypatch, capsys):

@@ -122,8 +122,8 @@ def distill(
     plan = make_plan(chosen, teacher_of(chosen))
     print(render(plan, chosen, gpus_here()))
     if not force:
-        check_room(plan, chosen, out)
-    with _told_when_stopped(out):
+        check_room(plan, chosen, run.folder)
+    with _told_when_stopped(run.folder):
         if not stages.distill_run(run):
             raise KeyboardInterrupt
     print(f"LoRA for diffusers: {run.export / stages.LORA_FILE}")
@@ -147,7 +147,7 @@ def trajectories(
     from rapm import stages
 
     run = _open_run(_configuration(config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings), out)
-    with _told_when_stopped(out), run.locked():
+    with _told_when_stopped(run.folder), run.locked():
         store = stages.make_trajectories(run)
     print(f"{len(store)} trajectories in {store.folder}")
 
