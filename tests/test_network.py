@@ -317,6 +317,20 @@ def test_slot_groups_change_nothing(ddim_schedule, turn, source: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_channels_last_changes_nothing(ddim_schedule) -> None:
+    found = []
+    for last in (False, True):
+        players = make_players(ddim_schedule)
+        if last:
+            other = Backbone(make_unet(), CALL["sd15"], UNET_LORA_TARGETS, channels_last=True)
+            assert other.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+            players.backbone.network.to(memory_format=torch.channels_last)
+        student_turn(players, stored_batch(), draws())
+        found.append(list(gradients(players.student).values()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("turn", [student_turn, critic_turn])
 def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
     """Losses a thousand times smaller, as the mean over a large picture makes them: float16 alone loses them."""

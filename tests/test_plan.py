@@ -16,10 +16,22 @@ from rapm import config as configuration
 from rapm.config import Config, load
 from rapm.doctor import examine
 from rapm.errors import UserError
-from rapm.plan import GPUS, SHARE_OF_PEAK, Stub, check_room, count, make_plan, measure, render, turn_counts, turns
+from rapm.plan import (
+    GPUS,
+    SHARE_OF_PEAK,
+    Stub,
+    check_room,
+    count,
+    make_plan,
+    measure,
+    render,
+    turn_counts,
+    turns,
+    without_weights,
+)
 from rapm.run import Run
 from rapm.stages import make_trajectories, train_run
-from rapm.teacher import architecture_of, find_teacher, load_backbone, teacher_of
+from rapm.teacher import architecture_of, load_backbone, teacher_of
 from rapm.train import make_players
 
 
@@ -53,12 +65,14 @@ def test_a_logged_loss_is_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-@pytest.mark.parametrize("slot_batch", [1, 3])
+@pytest.mark.parametrize(("slot_batch", "source"), [(1, "stored"), (2, "stored"), (3, "stored"), (1, "followed")])
 def test_flops_are_those_of_real_turns(
-    tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int
+    tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str
 ) -> None:
     """All slots of real turns, by torch's own counter. (It counts plain attention, whose backward pass computes less again.)"""
-    config = changed(tiny_config, training={"slot_batch": slot_batch}).model_copy(update={"teacher": str(small_teachers[kind])})
+    config = changed(tiny_config, training={"slot_batch": slot_batch, "positions": source}).model_copy(
+        update={"teacher": str(small_teachers[kind])}
+    )
     teacher = teacher_of(config)
     plan = make_plan(config, teacher)
     stub = Stub(config, teacher, "cpu")
@@ -141,7 +155,7 @@ def test_activations_are_those_of_a_real_turn(tiny_config: Config) -> None:
 
     def work(device: str) -> None:
         stub = Stub(tiny_config, teacher, device)
-        backbone = load_backbone(teacher if device == "cpu" else bare(teacher), tiny_config, device)
+        backbone = load_backbone(teacher if device == "cpu" else without_weights(teacher), tiny_config, device)
         backbone.add_role("student", 4, backbone.lora_targets, 0)
         z = stub.trajectory.coarse[:1]
         conditioning = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
@@ -160,8 +174,6 @@ def test_activations_are_those_of_a_real_turn(tiny_config: Config) -> None:
             found.append(sum(size for key, size in kept.items() if key not in weights))
 
     found: list[int] = []
-    from rapm.plan import without_weights as bare
-
     work("cpu")
     work("meta")
     saved, peak = found
@@ -207,7 +219,3 @@ def test_the_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(line.startswith("! HF_HUB_OFFLINE is set") for line in lines)
     if not torch.cuda.is_available():
         assert any(line.startswith("! ") and "fine for the toy teacher" in line for line in lines)
-
-
-def test_random_weights_need_no_files() -> None:
-    assert find_teacher("random:sd15").random

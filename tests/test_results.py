@@ -89,6 +89,8 @@ def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Pat
     assert [tuple(store[k].coarse.shape) for k in range(4)] == [(5, 4, 12, 8), (5, 4, 8, 16)] * 2
     assert [store[k].conditioning["time_ids"].tolist() for k in range(2)] == [[24, 16, 0, 0, 24, 16], [16, 32, 0, 0, 16, 32]]
     assert [size_index(k, prompts=2, sizes=2) for k in range(8)] == [0, 1, 1, 0, 0, 1, 1, 0]
+    for prompts, sizes in ((1, 3), (2, 3), (3, 4), (9, 4)):  # where the rehearsal looks for the largest
+        assert {size_index(k, prompts, sizes) for k in range(sizes**2)} == {*range(sizes)}
     assert open_studio(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
 
 
@@ -209,6 +211,13 @@ def test_a_refused_command_leaves_the_run_as_it_was(small_teachers: dict[str, Pa
         with pytest.raises(UserError, match="holds trajectories made with"):
             open_run(other, run.folder)
         assert Run.existing(run.folder).config == config
+
+
+def test_the_card_names_a_local_teacher_without_its_place(finished: Run) -> None:
+    card = (finished.export / "README.md").read_text(encoding="utf-8")
+    assert f"from `{Path(finished.config.teacher).name}`" in card
+    assert str(Path(finished.config.teacher).parent) not in card
+    assert "base_model:" not in card
 
 
 def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(finished: Run, tmp_path: Path) -> None:

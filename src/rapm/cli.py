@@ -85,7 +85,7 @@ def _open_run(config: Config, out: Path) -> Run:
     """The run that a command's options ask for; says what its prompts are."""
     from rapm import stages
 
-    run = stages.open_run(config, out.expanduser())
+    run = stages.open_run(config, Path(os.path.expanduser(out)))
     print(stages.describe_prompts(run))
     return run
 

@@ -6,7 +6,6 @@ while every storage and every operation is counted. Hours are FLOPs over a GPU's
 
 from __future__ import annotations
 
-import math
 import shutil
 import statistics
 import sys
@@ -44,8 +43,8 @@ GPUS = {
     "H100 80 GB": (989.0, 80),
     "H200 141 GB": (989.0, 141),
 }
-SHARE_OF_PEAK = 0.35  # what batch 1 at full size is taken to reach; docs/cost.md says what was measured
-CONTEXT = 600 << 20  # bytes that a CUDA process holds before anything is computed
+SHARE_OF_PEAK = 0.35  # assumed, see docs/cost.md
+CONTEXT = 600 << 20  # bytes that a CUDA process is taken to hold before anything is computed
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Plan:
     Attributes:
         disk: by what is kept, at the largest.
         memory: of each stage at its peak, by part.
-        calls: network passes of one row each, by what they are for.
+        calls: network passes of the rollout, one row each, and turns of each kind.
         flops: by stage.
     """
 
@@ -202,9 +201,11 @@ def turn_counts(config: Config) -> dict[str, int]:
 def make_plan(config: Config, teacher: Teacher) -> Plan:
     """Counts what a run of this configuration costs."""
     bare, settings, slot_batch = without_weights(teacher), config.trajectories, config.training.slot_batch
-    groups = math.ceil(settings.slots / slot_batch)
-    # All groups of slots cost the same (the last may be smaller), so one is counted.
-    one = config.model_copy(update={"trajectories": settings.model_copy(update={"slots": min(slot_batch, settings.slots)})})
+    # Groups of slots of one size cost the same, so one is counted; but where positions are followed the first slot costs less.
+    alike = config.training.positions == "stored" and settings.slots % slot_batch == 0
+    counted = slot_batch if alike else settings.slots
+    groups = settings.slots // counted
+    one = config.model_copy(update={"trajectories": settings.model_copy(update={"slots": counted})})
     stub = Stub(one, teacher, "meta")
     backbone = load_backbone(bare, one, "meta")
     weights = _bytes(iter([*backbone.network.parameters(), *backbone.network.buffers()]))

@@ -28,7 +28,7 @@ from rapm.sample import open_studio, sheet
 from rapm.teacher import Teacher, load_backbone, teacher_of
 from rapm.toy import scenes
 from rapm.train import train
-from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store
+from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -105,7 +105,7 @@ def _within_memory(config: Config, stage: Literal["trajectories", "training"]) -
     """
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         free, others = save_memory(config, stage)
@@ -240,9 +240,10 @@ def export_run(run: Run) -> Path:
         share(folder / LORA_FILE)
         teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
         fused = "".join(f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras)
+        local = os.path.isabs(config.teacher)  # where it lies is nobody else's business
         card = CARD.format(
-            base="" if os.path.isabs(config.teacher) else f"base_model: {config.teacher.partition('@')[0]}\n",
-            teacher=os.path.basename(config.teacher),
+            base="" if local else f"base_model: {config.teacher.partition('@')[0]}\n",
+            teacher=os.path.basename(config.teacher) if local else config.teacher,
             loras=f"\nIts teacher has these LoRAs fused in; load them too, at that strength:\n\n{fused}" if fused else "",
             steps=config.trajectories.slots,
             guidance_scale=config.trajectories.guidance_scale,
@@ -276,8 +277,11 @@ def sample_run(
     few_steps = few_steps or steps
     studio = open_studio(run)
     if not prompts:
-        is_toy = run.config.teacher == "toy" and not run.config.trajectories.prompts
-        prompts = scenes.captions(count, 1, "validation") if is_toy else TrajectoryStore.open(run.trajectories).prompts()
+        if run.config.teacher == "toy" and not run.config.trajectories.prompts:
+            prompts = scenes.captions(count, 1, "validation")
+        else:  # the store's, as the file may be gone
+            own = stored_prompts(run.trajectories) or _prompts(run.config).prompts
+            prompts = [prompt.text for prompt in own]
     texts = [prompts[i % len(prompts)] for i in range(count)]
     seeds = range(seed, seed + count)
     scale = studio.guidance_scale

@@ -346,8 +346,8 @@ def rehearse(players: Players, store: TrajectoryStore) -> None:
     night, when the critics come in or the largest picture does. Room for the optimisers' state is held meanwhile."""
     learners = [players.student, *players.critics.values()]
     state = [torch.zeros(2, *p.shape, device=p.device) for learner in learners for p in learner.parameters.values()]
-    sizes = store.manifest["sizes"]
-    largest = max((store[k] for k in range(min(sizes, len(store)))), key=lambda row: row.coarse.numel())
+    among = min(store.manifest["sizes"] ** 2, len(store))  # however few the prompts are, all sizes are among these
+    largest = max((store[k] for k in range(among)), key=lambda row: row.coarse.numel())
     batch = batch_of([largest] * players.config.training.batch_size, players.backbone.device)
     renoising = {role: players.renoising(batch.coarse[:, 0].shape, _generator(0, role)) for role in players.critics}
     if players.critics:

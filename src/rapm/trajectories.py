@@ -120,7 +120,7 @@ class TrajectoryStore:
         self.folder, self.manifest = folder, manifest
         self.shard_size: int = manifest["shard_size"]
         self._shards: dict[int, Any] = {}
-        self._prompts = [Prompt(**each) for each in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))]
+        self._prompts = stored_prompts(folder)
         tensors = load_tensors(folder / CONDITIONING)
         self._of_prompt, self._of_size = under_prefix("prompt", tensors), under_prefix("size", tensors)
         self.unconditional: Conditioning = under_prefix("unconditional", tensors)
@@ -151,10 +151,6 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return self.manifest["count"]
 
-    def prompts(self) -> list[str]:
-        """Texts of the prompts, in their order."""
-        return [prompt.text for prompt in self._prompts]
-
     def __getitem__(self, index: int) -> Trajectory:
         if not 0 <= index < len(self):
             raise IndexError(f"trajectory {index} of {len(self)}")
@@ -173,6 +169,12 @@ class TrajectoryStore:
             seed=noise_seed,
             index=noise_index,
         )
+
+
+def stored_prompts(folder: Path) -> list[Prompt]:
+    """The prompts of a finished store, in their order; [] when there is none."""
+    file = folder / "prompts.json"
+    return [Prompt(**each) for each in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
 
 
 def size_index(index: int, prompts: int, sizes: int) -> int:
