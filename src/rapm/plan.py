@@ -312,7 +312,7 @@ def gpus_here() -> dict[str, tuple[float, float]]:
     if not torch.cuda.is_available():
         return {}
     square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    rate = 2 * 4096**3 / _seconds(lambda: square @ square, "cuda", 5) / 1e12
+    rate = 2 * 4096**3 / duration(lambda: square @ square, "cuda", 5) / 1e12
     return {torch.cuda.get_device_name(): (rate, torch.cuda.mem_get_info()[1] / 2**30)}
 
 
@@ -340,7 +340,7 @@ def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
         torch.cuda.reset_peak_memory_stats()
     backbone = load_backbone(without_weights(teacher), config, device)
     rows = min(config.trajectories.batch_size, config.trajectories.count)
-    of_pass = _seconds(teacher_pass(config, backbone, stub, rows), device, repeats)
+    of_pass = duration(teacher_pass(config, backbone, stub, rows), device, repeats)
     players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
     learners = [players.student, *players.critics.values()]
 
@@ -353,12 +353,12 @@ def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
 
         return work
 
-    seconds = {name: _seconds(whole(turn), device, repeats) for name, turn in turns(players, stub).items()}
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_of_process()
+    seconds = {name: duration(whole(turn), device, repeats) for name, turn in turns(players, stub).items()}
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
     return Measured(of_pass, seconds, peak)
 
 
-def _peak_of_process() -> int:
+def peak_of_process() -> int:
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource
@@ -366,7 +366,7 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _seconds(work: Callable[[], object], device: str, repeats: int) -> float:
+def duration(work: Callable[[], object], device: str, repeats: int) -> float:
     """The median of ``repeats`` after one that is not counted."""
     taken = []
     for _ in range(repeats + 1):

@@ -1,0 +1,336 @@
+"""Time and memory of full-size networks with random weights, beside the bare networks' and PCM's.
+
+    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512 and SDXL at 1024 on a GPU; without one, SD 1.5 at 256
+    python benchmarks/full_size.py --table FILE.json   # the tables of docs/cost.md
+
+Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. Of each
+kind of turn the first is not timed. On a GPU memory is torch's own peak, on a CPU the growth of the process's resident memory
+at its peak over what it was before the network came.
+
+The floor: the network passes that a turn made, made again by the network alone, with backward passes where the turn had them;
+once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the same N positions, one of
+each slot, as an iteration here, with rank, precision and checkpointing as here, its heads and 8-bit AdamW as published; its
+VAE and text encoder are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from baselines import pcm
+from torch import Tensor
+
+from rapm import config as configuration
+from rapm.config import Config
+from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.objective import Conditioning
+from rapm.plan import Stub, duration, make_plan, peak_of_process, teacher_pass, turns, without_weights
+from rapm.teacher import Teacher, architecture_of, load_backbone
+from rapm.train import Learner, make_players
+
+GIB = 2**30
+SETTINGS: dict[str, list[str]] = {
+    "as it comes": [],
+    "slot_batch 4": ["training.slot_batch=4"],
+    "no checkpointing": ["training.gradient_checkpointing=false"],
+    "no checkpointing, slot_batch 4": ["training.gradient_checkpointing=false", "training.slot_batch=4"],
+    "channels_last": ["training.channels_last=true"],
+    "int8": ["base_precision=int8"],
+    "fp8": ["base_precision=fp8"],
+    "nf4": ["base_precision=nf4"],
+    "int8, adamw8bit": ["base_precision=int8", "training.optimizer=adamw8bit"],
+}
+# As published with AdamW in 8 bits: on SD 1.5 its heads alone have 664 million parameters.
+PCM = {
+    "PCM": ["training.optimizer=adamw8bit"],
+    "PCM, no checkpointing": ["training.optimizer=adamw8bit", "training.gradient_checkpointing=false"],
+}
+
+
+# The embedded teacher, for which Python's share is largest: the demo's preset, and the paper's positions.
+TOY = {"the demo's": [], "stored positions, both terms": ["training.positions=stored", "training.relative_weight=1"]}
+
+
+def cases(on_gpu: bool) -> Iterator[dict[str, Any]]:
+    """What is run: the model, its size in pixels, a name, its settings."""
+    for model, size in [("toy", 64), ("sd15", 512), ("sdxl", 1024)] if on_gpu else [("toy", 64), ("sd15", 256)]:
+        for name, settings in (TOY if model == "toy" else {**SETTINGS, **PCM}).items():
+            yield {"model": model, "size": size, "name": name, "settings": settings}
+
+
+def config_of(case: Mapping[str, Any]) -> Config:
+    if case["model"] == "toy":
+        return configuration.load(teacher="toy", settings=case["settings"])
+    given = ["precision=bfloat16", f"trajectories.size={case['size']}x{case['size']}", "trajectories.batch_size=1"]
+    return configuration.load(teacher=f"random:{case['model']}", settings=[*given, *case["settings"]])
+
+
+# ------------------------------------------------------------------------------------------------------------------- one case
+
+
+@contextmanager
+def timed(device: str, taken: list[float]) -> Iterator[None]:
+    """Adds what the block took, in seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    yield
+    if device == "cuda":
+        torch.cuda.synchronize()
+    taken.append(time.perf_counter() - started)
+
+
+def clear(learners: list[Learner]) -> None:
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it, else its kind."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class Memory:
+    """Bytes at the peak since it was made."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.before = 0 if device == "cuda" else psutil.Process().memory_info().rss
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_of_process() - self.before
+
+
+Pass = tuple[str, Tensor, Tensor, Conditioning, bool, bool]  # role, z, t, conditioning, with a graph, to the last tap only
+
+
+@contextmanager
+def watched(backbone: Backbone) -> Iterator[list[Pass]]:
+    """Notes the passes that are made."""
+    call, seen = backbone.call, []
+
+    def noted(network: Any, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        role, tapped = str(backbone._role), backbone._features is not None
+        seen.append((role, z.detach(), t, conditioning, torch.is_grad_enabled(), tapped))
+        return call(network, z, t, conditioning)
+
+    backbone.call = noted
+    try:
+        yield seen
+    finally:
+        backbone.call = call
+
+
+def again(backbone: Backbone, passes: list[Pass], adapters: bool) -> None:
+    """The same passes by the network alone, each with its backward pass where it had a graph."""
+    for role, z, t, conditioning, graph, tapped in passes:
+        with backbone.role(role if adapters else TEACHER), torch.set_grad_enabled(graph):
+            z = z.float().requires_grad_(graph)
+            out = backbone.features(z, t, conditioning) if tapped else [backbone(z, t, conditioning)]
+            if graph:
+                torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+
+
+def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dict[str, Any]:
+    """Turns, their floor, the rollout, and the losses of a few iterations."""
+    device = config.torch_device
+    stub, memory = Stub(config, teacher, device), Memory(device)
+    backbone = load_backbone(without_weights(teacher), config, device)
+    rows = min(config.trajectories.batch_size, config.trajectories.count)
+    taken = duration(teacher_pass(config, backbone, stub, rows), device, repeats)
+    found: dict[str, Any] = {"rows": rows, "teacher_pass": taken}
+    found["memory_trajectories"] = memory.peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
+    learners = [players.student, *players.critics.values()]
+    kinds = turns(players, stub)
+    work = {"student": (kinds["student"], [players.student]), "critics": (kinds["critics"], list(players.critics.values()))}
+    found |= {"losses": [], "seconds": {name: [] for name in work}, "floor": {}, "floor_with_lora": {}, "passes": {}}
+    for iteration in range(iterations):
+        name = ("critics", "student")[iteration % 2]
+        turn, own = work[name]
+        with timed(device, found["seconds"][name]):
+            of_turn = turn()
+            for learner in own:
+                learner.clip(iteration, 0.0, config.training.gradient_clip)
+                learner.step(1.0)
+        found["losses"].append(sum(value for key, value in of_turn.items() if key.endswith(("distance", "critic"))))
+    found["memory"] = memory.peak()
+    for name, (turn, _) in work.items():
+        with watched(backbone) as passes:
+            turn()
+        found["passes"][name] = [[role, len(z), graph, tapped] for role, z, _, _, graph, tapped in passes]
+        for key, adapters in (("floor", False), ("floor_with_lora", True)):
+            floor: list[float] = []
+            for _ in range(repeats):
+                clear(learners)
+                with timed(device, floor):
+                    again(backbone, passes, adapters)
+            found[key][name] = statistics.median(floor)
+        clear(learners)
+    return found
+
+
+def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dict[str, Any]:
+    """PCM's turns at the same positions."""
+    device, form, grid = config.torch_device, pcm.FORMS[model], config.grid()
+    stub, memory = Stub(config, teacher, device), Memory(device)
+    bare = without_weights(teacher)
+    student, network = load_backbone(bare, config, device), bare.load_network(config.torch_dtype, device)
+    other = Backbone(
+        network, bare.family.call, (), pcm.taps(network, form), gradient_checkpointing=config.training.gradient_checkpointing
+    )
+    student.add_role(STUDENT, config.student.rank, student.lora_targets, 0)
+    rows = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
+    x0 = stub.trajectory.coarse[:1]
+    with other.role(TEACHER), torch.no_grad():
+        channels = [x.shape[1] for x in other.features(x0, torch.zeros(1, dtype=torch.long), rows)]
+    heads, rate = pcm.Heads(channels, form).to(device), config.student.learning_rate
+    step = pcm.Pcm(
+        student, other, teacher.schedule, grid,
+        Learner(student, STUDENT, None, rate, (0.9, 0.999), 1e-3, config.training.optimizer),
+        Learner(other, "discriminator", heads, rate, (0.0, 0.999), 1e-3, config.training.optimizer),
+        stub.unconditional, config.trajectories.guidance_scale,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+
+    found: dict[str, Any] = {"seconds": {"critics": [], "student": []}}
+    for iteration in range(iterations):
+        critic = iteration % 2 == 0
+        learner = step.critic if critic else step.learner
+        with timed(device, found["seconds"]["critics" if critic else "student"]):
+            for k in range(0, grid.slots * grid.fine_steps, grid.fine_steps):
+                step.turn(x0, [k], rows, generator, critic=critic, share=1 / grid.slots)
+            learner.clip(iteration, 0.0, config.training.gradient_clip)
+            learner.step(1.0)
+    return found | {"memory": memory.peak(), "parameters_of_heads": sum(p.numel() for p in heads.parameters())}
+
+
+def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str, Any]:
+    config = config_of(case)
+    teacher = architecture_of(config)
+    started = time.monotonic()
+    if case["name"] in PCM:
+        found = theirs(config, teacher, iterations, case["model"])
+    else:
+        found = ours(config, teacher, repeats, iterations)
+        plan = make_plan(config, teacher)  # only now: it takes memory too
+        found["planned"] = {stage: dict(parts) for stage, parts in plan.memory.items()}
+        found["planned_flops"] = plan.flops["training"] / config.training.iterations
+        found["bytes_per_trajectory"] = plan.disk["positions"] / config.trajectories.count
+    found["turns"] = {name: statistics.median(taken[1:]) for name, taken in found["seconds"].items()}
+    gpu = torch.cuda.get_device_name() if config.torch_device == "cuda" else ""
+    return {
+        **case, **found, "device": gpu or processor(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "diffusers": diffusers.__version__, "repeats": repeats, "wall": time.monotonic() - started,
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------- all
+
+
+def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
+    rows = json.loads(out.read_text()) if out.exists() else []
+    done = {(row["model"], row["size"], row["name"]) for row in rows if "error" not in row}
+    for case in cases(torch.cuda.is_available()):
+        key = (case["model"], case["size"], case["name"])
+        if key in done or only not in " ".join(map(str, key)):
+            continue
+        command = [
+            sys.executable,
+            __file__,
+            "--case",
+            json.dumps(case),
+            "--repeats",
+            str(repeats),
+            "--iterations",
+            str(iterations),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        lines = result.stdout.strip().splitlines()
+        row = (
+            json.loads(lines[-1])
+            if result.returncode == 0
+            else {**case, "error": (result.stderr.strip() or "?").splitlines()[-1]}
+        )
+        rows = [old for old in rows if (old["model"], old["size"], old["name"]) != key] + [row]
+        out.write_text(json.dumps(rows, indent=1))
+        print(key, {name: row.get(name) for name in ("turns", "memory", "wall", "error")}, flush=True)
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one table for each model and size."""
+    titles = ("settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
+              "trajectories an hour", "peak, GiB", "planned, GiB", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
+    lines: list[str] = []
+    for kind in dict.fromkeys((row["model"], row["size"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["size"]) == kind]
+        dtype = "float32" if kind[0] == "toy" else "bfloat16"
+        lines += ["", f"{kind[0]} at {kind[1]} pixels, {dtype}, on {own[0]['device']}, {own[0]['threads']} CPU threads:"]
+        lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        beside = next((row for row in own if row["name"] == "PCM" and "error" not in row), None)
+        lines += [f"| {' | '.join(cells_of(row, beside))} |" for row in own]
+    return "\n".join(lines)
+
+
+def cells_of(row: Mapping[str, Any], beside: Mapping[str, Any] | None) -> list[str]:
+    """One line of a table; PCM's is ``beside``."""
+    if "error" in row:
+        return [row["name"], row["error"]]
+    taken, memory = row["turns"], row["memory"] / GIB
+    both = sum(taken.values())
+    cells = [row["name"], f"{taken['critics']:.3g}", f"{taken['student']:.3g}", "", "", "", f"{memory:.2f}", "", "", ""]
+    if "floor" in row:
+        settings = config_of(row).trajectories
+        a_trajectory = settings.slots * settings.fine_steps * row["teacher_pass"] / row["rows"]
+        cells[3:6] = [
+            *(f"{both / sum(row[key].values()) - 1:+.0%}" for key in ("floor", "floor_with_lora")),
+            f"{3600 / a_trajectory:.3g}",
+        ]
+        cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}"
+    if beside and row["name"] not in PCM:
+        cells[8:] = [f"x {both / sum(beside['turns'].values()):.2f}", f"x {row['memory'] / beside['memory']:.2f}"]
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where results are kept (JSON)")
+    parser.add_argument("--table", type=Path, help="print the tables of such a file")
+    parser.add_argument("--repeats", type=int, default=2, help="of the floor")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="turns of both kinds, the first of each not timed; at least 4"
+    )
+    parser.add_argument("--only", default="", help="cases whose description has this in it")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(run_case(json.loads(arguments.case), arguments.repeats, arguments.iterations)))
+    elif arguments.table:
+        print(tables(json.loads(arguments.table.read_text())))
+    elif arguments.out:
+        run_all(arguments.out, arguments.repeats, arguments.iterations, arguments.only)
+    else:
+        parser.error("--out or --table")
+
+
+if __name__ == "__main__":
+    main()
