@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from baselines import Pictures, one_in_each_slot
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, hinge_critic, hinge_student, pseudo_huber
 from rapm.schedule import Grid, Schedule
@@ -87,6 +88,7 @@ class Pcm:
         learner, critic: of the student's LoRA and of the heads.
         unconditional: what guidance leads away from.
         guidance_scale: 1 + w in the paper's convention.
+        pictures: for :meth:`iterate`.
     """
 
     student: Backbone
@@ -97,6 +99,16 @@ class Pcm:
     critic: Learner
     unconditional: Conditioning
     guidance_scale: float
+    pictures: Pictures | None = None
+    turns: int = 2
+    stochastic: bool = False
+
+    def iterate(self, iteration: int, generator: torch.Generator) -> tuple[dict[str, float], list[Learner]]:
+        assert self.pictures is not None
+        x0, conditioning = self.pictures.draw(generator, self.grid.slots)
+        critic = iteration % self.turns == 0
+        losses = self.turn(x0, one_in_each_slot(self.grid, generator), conditioning, generator, critic=critic, share=1.0)
+        return losses, [self.critic if critic else self.learner]
 
     def turn(
         self,

@@ -1,0 +1,481 @@
+"""Small distillations of the embedded teacher, in tables: what the paper claims, what the neighbours do, what settings do.
+
+    python benchmarks/paper.py --out .paper                    # everything; stop it any time, the same command goes on
+    python benchmarks/paper.py --out .paper --table ablation   # one table
+    python benchmarks/paper_report.py .paper                   # docs/results.md and its figures
+
+Runs go side by side, each on one thread (``--jobs``; a GPU holds many). Every run has batch size 1 and the same number of
+student updates unless its name says otherwise, and is scored on the 1,000 validation captions of the embedded world's
+protocol, beside what the teacher draws of them in 20 steps from other seeds. A finished run is a line in OUT/results.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from baselines import Method, Pictures, World, dmd2, lcm, pcm, regression
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import rapm.train as training
+from rapm import config as configuration
+from rapm.config import Config
+from rapm.evaluate import toy_protocol as protocol
+from rapm.evaluate.metrics import frechet_distance, pair_distance
+from rapm.files import load_tensors, save_tensors, under_prefix, with_prefix
+from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.objective import Positions, from_nudged, positions, student_step
+from rapm.run import Run
+from rapm.sample import Studio, open_studio, sheet
+from rapm.schedule import trailing_timesteps
+from rapm.stages import make_trajectories
+from rapm.teacher import Teacher, load_backbone, teacher_of
+from rapm.toy import ORACLE, scenes
+from rapm.toy.oracle import Oracle
+from rapm.train import Batch, Learner, Players, rate_factor
+from rapm.trajectories import Trajectory, TrajectoryStore, guided, picture_noise
+
+UPDATES = 600  # of the student, in every run whose name does not say otherwise
+SHARED = ["training.positions=stored", "training.relative_weight=1", "training.absolute_weight=1", "trajectories.fine_steps=10"]
+FOLLOWED = [
+    "training.positions=followed",
+    "trajectories.fine_steps=3",
+]  # three teacher steps a slot in the loop, as in the demo
+NO_CRITICS = ["critics.adversarial_weight=0"]
+SEEDS = (0, 1, 2)
+PICTURES = 2000  # rendered scenes for methods that take pictures
+BOOTSTRAP = 20
+MOST_SLOTS = 8  # that trajectories are stored with, where fewer can be seen in them
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run.
+
+    Attributes:
+        name: of the variant, the same for all its seeds.
+        method: ``rapm``, one of its two altered forms (see :func:`train_rapm`), or a neighbour.
+        settings: beyond the demo's preset and ``SHARED``.
+        updates: of the student.
+        first: trajectories taken of those stored; 0 is all.
+        steps: the numbers of steps it is sampled with, if not N alone.
+        curve: scored at each quarter, too.
+    """
+
+    table: str
+    name: str
+    method: str = "rapm"
+    settings: Sequence[str] = ()
+    seed: int = 0
+    updates: int = UPDATES
+    first: int = 0
+    steps: Sequence[int] = ()
+    curve: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.table}/{self.name}/{self.seed}"
+
+    def config(self) -> Config:
+        """With so many iterations that the student gets its updates."""
+        given = [*SHARED, *self.settings, f"training.seed={self.seed}"]
+        config = configuration.load(teacher="toy", settings=given)
+        turns = {"pcm": 2, "dmd2": 6}.get(self.method, 1)
+
+        def with_iterations(number: int) -> Config:
+            kept = {"iterations": number, "checkpoint_every": max(1, number // 4), "keep_checkpoints": 4 if self.curve else 1}
+            return config.model_copy(update={"training": config.training.model_copy(update=kept)})
+
+        def student_turns(tried: Config) -> int:
+            return sum(not training.is_critic_turn(tried, k) for k in range(tried.training.iterations))
+
+        number = turns * self.updates
+        if self.method.startswith("rapm"):
+            while student_turns(with_iterations(number)) < self.updates:
+                number += 2
+        return with_iterations(number)
+
+
+def ablation() -> list[Spec]:
+    """The paper's Figure 3, and where the student's targets start."""
+    terms = {
+        "relative + absolute": [],
+        "relative only": ["training.absolute_weight=0"],
+        "absolute only": ["training.relative_weight=0"],
+    }
+    specs = [Spec("ablation", f"{name}, distances alone", settings=[*own, *NO_CRITICS]) for name, own in terms.items()]
+    specs += [Spec("ablation", f"{name}, with critics", settings=own) for name, own in terms.items()]
+    specs += [
+        Spec("ablation", "second detach removed, distances alone", "rapm-undetached", NO_CRITICS),
+        Spec("ablation", "frozen student from its own position, distances alone", "rapm-own-start", NO_CRITICS),
+        Spec("ablation", "both followed from its own position, distances alone", settings=[*FOLLOWED, *NO_CRITICS]),
+        Spec(
+            "ablation",
+            "absolute only, followed from its own position, distances alone",
+            settings=[*FOLLOWED, "training.relative_weight=0", *NO_CRITICS],
+        ),
+    ]
+    return [replace(spec, seed=seed) for spec in specs for seed in SEEDS]
+
+
+NEIGHBOURS = {"RAPM": "rapm", "PCM": "pcm", "LCM": "lcm", "regression": "regression", "distribution matching": "dmd2"}
+RATES = (2e-4, 7e-4, 2e-3)
+
+
+def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
+    """The paper's Figure 5: first the rates of each method; then, of those whose rates are known, the best one with other
+    seeds, and all seeds with as many updates as take the time that RAPM takes."""
+
+    def spec(name: str, method: str, rate: float, seed: int, **given: Any) -> Spec:
+        critics = rate if method == "dmd2" else 2 * rate  # what it learns beside the student, as its authors have it
+        settings = [f"student.learning_rate={rate}", f"critics.learning_rate={critics}"]
+        return Spec("neighbours", f"{name}, rate {rate:g}", method, settings, seed, **given)
+
+    specs = [spec(name, method, rate, 0, curve=True) for name, method in NEIGHBOURS.items() for rate in RATES]
+    known = {line["key"]: line["lines"][-1] for line in lines}
+    best: dict[str, float] = {}
+    for name, method in NEIGHBOURS.items():
+        fids = {rate: known.get(spec(name, method, rate, 0).key, {}).get("fid") for rate in RATES}
+        if None not in fids.values():
+            best[name] = min(fids, key=lambda rate: fids[rate])
+            specs += [spec(name, method, best[name], seed, curve=True) for seed in SEEDS[1:]]
+    for name, method in NEIGHBOURS.items():
+        if name != "RAPM" and {name, "RAPM"} <= best.keys():
+            seconds = [known[spec(other, NEIGHBOURS[other], best[other], 0).key]["seconds"] for other in ("RAPM", name)]
+            updates = round(UPDATES * seconds[0] / seconds[1])
+            same = [spec(name, method, best[name], seed, updates=updates) for seed in SEEDS]
+            specs += [replace(each, table="equal time") for each in same]
+    return specs
+
+
+def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
+    """All runs, by table, as far as they follow from those that are done."""
+    return {"ablation": ablation(), "neighbours": neighbours(lines)}
+
+
+# ---------------------------------------------------------------------------------------------------------- RAPM, altered
+
+
+class OwnStart(Players):
+    """The frozen student's target starts one teacher step from the student's own position, not from the stored one."""
+
+    def positions(self, slots: list[int], z: Tensor, batch: Batch) -> Positions:
+        backbone, schedule, grid = self.backbone, self.schedule, self.grid
+        at = super().positions(slots, z, batch)
+        teacher = guided(backbone, self.unconditional, self.config.trajectories.guidance_scale)
+        with backbone.role(TEACHER), torch.no_grad():  # batch size 1: a row is a slot
+            t, s = (torch.tensor(times) for times in ([grid.coarse(n + 1) for n in slots], [grid.nudged(n) for n in slots]))
+            nudged = schedule.step(at.start, teacher(at.start, t, at.conditioning), t, s)
+        with backbone.role(STUDENT):
+            return replace(at, relative=from_nudged(backbone, schedule, grid, slots, nudged, at.conditioning))
+
+
+def undetached_turn(players: Players, batch: Batch, renoising: Mapping[str, Any]) -> dict[str, float]:
+    """A student's turn on distances alone whose gradient flows through all the student's steps before each slot."""
+    assert not renoising
+    backbone, schedule, grid = players.backbone, players.schedule, players.grid
+    z, total, sums = batch.coarse[:, grid.slots], torch.zeros(()), {"relative_distance": 0.0, "absolute_distance": 0.0}
+    with backbone.role(STUDENT):
+        for n in reversed(range(grid.slots)):
+            given = batch.coarse, batch.nudged, batch.conditioning
+            at = positions(backbone, schedule, grid, [n], z.detach(), *given)
+            z = student_step(backbone, schedule, grid, [n], z, at.conditioning)
+            for kind, target in (("relative", at.relative), ("absolute", at.absolute)):
+                distance = players.distance(z, target)
+                total = total + (players.slot_weight(kind, [n], len(z)) * distance).sum()  # type: ignore[arg-type]
+                sums[f"{kind}_distance"] += float(distance.detach().mean()) / grid.slots
+        total.backward()
+    return sums
+
+
+def train_rapm(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher) -> None:
+    """``rapm``; ``rapm-undetached`` and ``rapm-own-start`` with one part of the library replaced."""
+    turn, make = training.student_turn, training.make_players
+    if spec.method == "rapm-undetached":
+        training.student_turn = undetached_turn
+    if spec.method == "rapm-own-start":
+        training.make_players = lambda *given: OwnStart(**vars(make(*given)))
+    try:
+        training.train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule)
+    finally:
+        training.student_turn, training.make_players = turn, make
+
+
+# -------------------------------------------------------------------------------------------------------------- neighbours
+
+
+def pictures(out: Path, studio: Studio) -> Pictures:
+    """Rendered scenes of training captions, in latents; made once."""
+    file = out / "pictures.safetensors"
+    if not file.is_file():
+        drawn = [scenes.scene(100, k, "train") for k in range(PICTURES)]
+        pixels = torch.from_numpy(scenes.render_many(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        vae, latents = studio._pictures.vae, []
+        with torch.no_grad():
+            for batch in pixels.split(50):
+                latents.append(vae.encode(batch.to(vae.device)).latent_dist.mean * vae.config.scaling_factor)
+        conditioning, _ = studio.encode([each.caption for each in drawn])
+        save_tensors(file, {"latents": torch.cat(latents).cpu(), **with_prefix("conditioning", conditioning)})
+    tensors = {name: value.to(studio.backbone.device) for name, value in load_tensors(file).items()}
+    return Pictures(tensors["latents"], under_prefix("conditioning", tensors))
+
+
+def make_method(spec: Spec, config: Config, teacher: Teacher, store: TrajectoryStore, given: Pictures) -> tuple[World, Method]:
+    family, device = teacher.family, config.torch_device
+
+    def another(taps: Sequence[str]) -> Backbone:
+        return Backbone(teacher.load_network(config.torch_dtype, device), family.call, family.lora_targets, taps)
+
+    student = another(())
+    student.add_role(STUDENT, config.student.rank, student.lora_targets, config.training.seed)
+    world = World(config, student, another, teacher.schedule, config.grid(), store.unconditional, given, store)
+    decay, betas = config.training.weight_decay, (0.9, 0.999)
+    learner = Learner(student, STUDENT, None, config.student.learning_rate, betas, decay)
+    if spec.method == "regression":
+        return world, regression.Regression(world, learner)
+    if spec.method == "lcm":
+        return world, lcm.Lcm(world, learner)
+    if spec.method == "dmd2":
+        critic = another(())
+        critic.add_role(dmd2.FAKE, config.student.rank, critic.lora_targets, config.training.seed + 1)
+        fake = Learner(critic, dmd2.FAKE, None, config.critics.learning_rate, betas, decay)
+        return world, dmd2.Dmd2(world, critic, learner, fake)
+    assert spec.method == "pcm"
+    form = pcm.FORMS["sdxl"]  # the heads of SD 1.5 would be larger than this network
+    critic = another(pcm.taps(student.network, form))
+    x0, conditioning = given.draw(torch.Generator(), 1)
+    with torch.no_grad(), critic.role(TEACHER):
+        channels = [x.shape[1] for x in critic.features(x0, torch.zeros(1, dtype=torch.long), conditioning)]
+    heads = pcm.Heads(channels, form, config.training.seed)
+    of_heads = Learner(critic, "discriminator", heads, config.critics.learning_rate, (0.0, 0.999), decay)
+    scale = config.trajectories.guidance_scale
+    method = pcm.Pcm(student, critic, teacher.schedule, world.grid, learner, of_heads, store.unconditional, scale, given)
+    return world, method
+
+
+def train_neighbour(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher, given: Pictures) -> None:
+    """The library's loop around another method's iteration: rates, clipping and averaging are the library's."""
+    config = run.config
+    world, method = make_method(spec, config, teacher, store, given)
+    average = {name: p.detach().clone() for name, p in world.student.parameters(STUDENT).items()}
+    started, settings = time.monotonic(), config.training
+    for iteration in range(settings.iterations):
+        generator = training._generator(settings.seed, spec.method, iteration)
+        losses, learners = method.iterate(iteration, generator)
+        for learner in learners:
+            learner.clip(iteration, sum(losses.values()), settings.gradient_clip)
+            learner.step(rate_factor(config, iteration))
+            if learner.role == STUDENT:
+                update = iteration // method.turns
+                weights = [p.detach() for p in learner.parameters.values()]
+                get_ema_multi_avg_fn(min(config.student.ema, (1 + update) / (10 + update)))(list(average.values()), weights, 0)
+        run.log({"iteration": iteration, **losses, "seconds": round(time.monotonic() - started, 3)})
+        if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == settings.iterations:
+            run.save_checkpoint(iteration + 1, with_prefix("average", average))
+
+
+# ----------------------------------------------------------------------------------------------------------------- scoring
+
+
+class ConsistencyStudio(Studio):
+    """Samples as LCM and DMD2 do: predicts the clean latent and noises it again, with noise that is a function of the seed."""
+
+    @torch.no_grad()
+    def latents(self, role: str, prompts: Sequence[str], seeds: Sequence[int], num_steps: int, batch_size: int = 32) -> Tensor:  # type: ignore[override]
+        conditioning, _ = self.encode(prompts)
+        schedule, device = self.teacher.schedule, self.backbone.device
+        z = torch.stack([picture_noise(seed, self.shape) for seed in seeds]).to(device)
+        times = trailing_timesteps(num_steps)
+        with self.backbone.role(role):
+            for k, (t, s) in enumerate(pairwise(times)):
+                x0 = schedule.x0_and_eps(z, self.backbone(z, torch.full((len(z),), t), conditioning), t)[0]
+                noise = torch.stack([picture_noise(seed * 100 + k + 1, self.shape) for seed in seeds]).to(device)
+                z = x0 if s < 0 else schedule.alpha(s, x0) * x0 + schedule.sigma(s, x0) * noise
+        return z
+
+
+def reference(out: Path) -> protocol.Measured:
+    """The teacher at 20 steps on the validation captions; the second seeds for all of them, the first for the pairs."""
+    file = out / "reference.safetensors"
+    if not file.is_file():
+        studio = open_studio(Run(Path("."), configuration.load(teacher="toy")), student=False)
+        oracle = Oracle.load(ORACLE)
+        jobs = [(which, i) for i, which in [(i, "second") for i in range(0, protocol.CAPTIONS, 50)]]
+        jobs += [("first", i) for i in range(0, protocol.PAIRS, 50)]
+        drawn = {job: protocol.draw(studio, oracle, TEACHER, 20, "validation", job) for job in jobs}
+        second, first = ([d for (which, _), d in drawn.items() if which == w] for w in ("second", "first"))
+        tensors = {
+            "first": torch.cat([d[0] for d in first]),
+            "second": torch.cat([d[0] for d in second]),
+            "right": torch.cat([d[1] for d in [*first, *second]]).float(),
+            "sharp": torch.cat([d[2] for d in second]),
+        }
+        save_tensors(file, tensors)
+    return protocol.Measured(**load_tensors(file))
+
+
+def scores(measured: protocol.Measured, many: protocol.Measured) -> dict[str, float]:
+    """FID (with the deviation of a bootstrap over captions), caption accuracy, diversity and sharpness."""
+    generator, n = torch.Generator().manual_seed(0), len(measured.first)
+    again = []
+    for _ in range(BOOTSTRAP):
+        rows = torch.randint(n, (n,), generator=generator)
+        again.append(frechet_distance(measured.first[rows], many.second))
+    pairs = len(measured.second)
+    return {
+        "fid": frechet_distance(measured.first, many.second),
+        "fid_deviation": float(torch.tensor(again).std()),
+        "accuracy": float(measured.right.mean()),
+        "diversity": pair_distance(measured.first[:pairs], measured.second)
+        / pair_distance(many.first[:pairs], many.second[:pairs]),
+        "sharpness": float(measured.sharp.mean() / many.sharp.mean()),
+    }
+
+
+def score_run(spec: Spec, run: Run, many: protocol.Measured) -> list[dict[str, Any]]:
+    """A line for each number of steps, and for each quarter of a curve."""
+    oracle, lines = Oracle.load(ORACLE), []
+    records = run.read_metrics()
+    slots = run.config.trajectories.slots
+    for step in run.checkpoint_steps() if spec.curve else run.checkpoint_steps()[-1:]:
+        studio = open_studio(run)
+        if spec.method in ("lcm", "dmd2"):
+            studio.__class__ = ConsistencyStudio
+        studio.backbone.load(STUDENT, under_prefix("average", load_tensors(run._checkpoint(step))))
+        last = step == run.config.training.iterations
+        for steps in spec.steps if last and spec.steps else [slots]:
+            measured = protocol.measure(studio, oracle, STUDENT, steps, "validation")
+            found = scores(measured, many)
+            lines.append({"iteration": step, "seconds": records[step - 1]["seconds"], "steps": steps, **found})
+            if last and steps == slots:
+                texts = scenes.captions(8, protocol.CAPTION_SEED, "validation")
+                sheet([(spec.name, studio.images(STUDENT, texts, range(8), steps))], run.folder / "pictures.png")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------------------- all
+
+
+class View:
+    """The first trajectories of a store, seen with fewer slots: of 8 slots of 5 steps every second one is one of 4 of 10."""
+
+    def __init__(self, store: TrajectoryStore, count: int, slots: int) -> None:
+        self.store, self.count, self.every = store, count, store.manifest["facts"]["grid"][0] // slots
+        self.manifest, self.unconditional = store.manifest, store.unconditional
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Trajectory:
+        row = self.store[index]
+        return replace(row, coarse=row.coarse[:: self.every], nudged=row.nudged[self.every - 1 :: self.every])
+
+
+def store_for(out: Path, config: Config) -> TrajectoryStore:
+    """The stored trajectories that a run's are seen in; shared by all runs that can have them."""
+    settings, delta = config.trajectories, config.trajectories.delta
+    fine = settings.slots * settings.fine_steps
+    slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
+    own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})
+    run = Run(out / "stores" / f"{slots}x{fine // slots}-{delta}", config.model_copy(update={"trajectories": own}))
+    with run.locked():
+        return make_trajectories(run)
+
+
+def execute(spec: Spec, out: Path) -> dict[str, Any]:
+    """Trains and scores one run."""
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    config = spec.config()
+    run = Run.open(out / "runs" / spec.key.replace(" ", "-"), config)
+    teacher, stored = teacher_of(config), store_for(out, config)
+    store: Any = View(stored, spec.first or len(stored), config.trajectories.slots)
+    if run.checkpoint_steps()[-1:] != [config.training.iterations]:
+        if spec.method.startswith("rapm"):
+            train_rapm(spec, run, store, teacher)
+        else:
+            given = pictures(out, open_studio(Run(out / "stores", config), student=False))
+            train_neighbour(spec, run, store, teacher, given)
+    lines = score_run(spec, run, reference(out))
+    return {"key": spec.key, **asdict(spec), "iterations": config.training.iterations, "lines": lines}
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    file = out / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def run_all(out: Path, left: Sequence[Spec], jobs: int) -> None:
+    """Runs side by side, each in its own process on its own core."""
+    for config in {spec.config().trajectories.model_dump_json(): spec.config() for spec in left}.values():
+        store_for(out, config)
+    reference(out)
+    pictures(out, open_studio(Run(out / "stores", left[0].config()), student=False))
+    cores: Queue[int] = Queue()
+    for core in range(jobs):
+        cores.put(core)
+
+    def one(spec: Spec) -> None:
+        core = cores.get()
+        command = [sys.executable, __file__, "--out", str(out), "--key", spec.key]
+        if hasattr(os, "sched_setaffinity") and not torch.cuda.is_available():
+            command = ["taskset", "-c", str(core), *command]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        cores.put(core)
+        if result.returncode:
+            print(f"{spec.key}: {(result.stderr.strip() or '?').splitlines()[-1]}", flush=True)
+            return
+        line = result.stdout.strip().splitlines()[-1]
+        with (out / "results.jsonl").open("a") as file:
+            file.write(line + "\n")
+        found = json.loads(line)["lines"][-1]
+        print(spec.key, {name: round(value, 3) for name, value in found.items()}, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, left))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", default="", help="run this one only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="runs whose key has this in it")
+    parser.add_argument("--list", action="store_true", help="say what there is to do")
+    parser.add_argument("--key", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tried: set[str] = set()
+    while True:
+        done = read(arguments.out)
+        every = tables(done)
+        chosen = [spec for name, specs in every.items() if arguments.table in ("", name) for spec in specs]
+        if arguments.key:
+            print(json.dumps(execute(next(spec for spec in chosen if spec.key == arguments.key), arguments.out)))
+            return
+        finished = {line["key"] for line in done} | tried
+        left = [spec for spec in chosen if arguments.only in spec.key and spec.key not in finished]
+        if arguments.list:
+            print("\n".join(spec.key for spec in left))
+        if arguments.list or not left:
+            return
+        run_all(arguments.out, left, arguments.jobs)
+        tried |= {spec.key for spec in left}  # what failed is not tried for ever
+
+
+if __name__ == "__main__":
+    main()
