@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
-from baselines import pcm
+from baselines import Pictures, World, dmd2, lcm, one_in_each_slot, pcm, regression
 from conftest import make_scheduler, make_unet
+from paper import View
 from test_network import inputs, shake
 
+from rapm import config as configuration
 from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import pseudo_huber
 from rapm.schedule import Grid, Schedule
 from rapm.train import Learner
+from rapm.trajectories import Trajectory, rollout
 
 GRID = Grid(slots=2, fine_steps=3)
 SCALE = 5.0
@@ -89,3 +96,104 @@ def test_in_pcm_only_whose_turn_it_is_gets_a_gradient() -> None:
         assert all(p.grad is not None and p.grad.any() for name, p in own.parameters.items() if not name.endswith("out.bias"))
         assert all(p.grad is None for p in other.parameters.values())
         own.optimizer.zero_grad()
+
+
+def make_world(scale: float = SCALE) -> World:
+    student, _ = networks(pcm.FORMS["sdxl"])
+    x0, _, conditioning = inputs(3)
+    scheduler = make_scheduler()
+    config = configuration.load(teacher="toy", settings=[f"trajectories.guidance_scale={scale}"])
+    unconditional = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
+    generator = torch.Generator().manual_seed(8)
+    rows = [
+        Trajectory(
+            torch.randn(3, 4, 8, 8, generator=generator),
+            torch.randn(2, 4, 8, 8, generator=generator),
+            {name: value[k] for name, value in conditioning.items()}, "", 0, k,
+        )
+        for k in range(3)
+    ]  # fmt: skip
+    schedule = Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, "epsilon")
+    another: Any = None
+    store: Any = rows
+    return World(config, student, another, schedule, GRID, unconditional, Pictures(x0, conditioning), store)
+
+
+def learner(world: World) -> Learner:
+    return Learner(world.student, STUDENT, None, 1e-4, (0.9, 0.999), 0.0)
+
+
+def test_lcm_starts_as_the_identity() -> None:
+    skip, out = lcm.boundary(torch.tensor([0, -1, 999]), torch.zeros(3, 4, 8, 8))
+    assert skip[:2].flatten().tolist() == [1, 1] and out[:2].flatten().tolist() == [0, 0]
+    assert float(skip[2]) == pytest.approx(0, abs=1e-8) and float(out[2]) == pytest.approx(1, abs=1e-6)
+
+
+def test_lcm_compares_predictions_of_the_clean_latent_along_the_teachers_step() -> None:
+    world = make_world()
+    found, _ = lcm.Lcm(world, learner(world)).iterate(0, torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    x0, conditioning = world.pictures.draw(generator, 2)
+    starts = one_in_each_slot(GRID, generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    expected = []
+    for k, start in enumerate(starts):
+        t, s, z = GRID.fine[start], GRID.fine[start + 1], x0[k : k + 1]
+        own = {name: value[k : k + 1] for name, value in conditioning.items()}
+        z = make_scheduler().add_noise(z, noise[k : k + 1], torch.tensor([t]))
+        with torch.no_grad():
+            with world.student.role(TEACHER):
+                without, with_ = (world.student(z, torch.tensor([t]), c) for c in (world.unconditional, own))
+            moved = world.schedule.step(z, without + SCALE * (with_ - without), t, s)
+            with world.student.role(STUDENT):
+                before = world.schedule.x0_and_eps(z, world.student(z, torch.tensor([t]), own), t)[0]
+                after = world.schedule.x0_and_eps(moved, world.student(moved, torch.tensor([max(s, 0)]), own), max(s, 0))[0]
+        expected.append(pseudo_huber(before, moved if s < 0 else after))
+    assert found["distance"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
+
+
+def test_regression_goes_from_stored_to_stored_positions() -> None:
+    world = make_world()
+    found, _ = regression.Regression(world, learner(world)).iterate(0, torch.Generator().manual_seed(4))
+    row: Any = world.store[int(torch.randint(3, (1,), generator=torch.Generator().manual_seed(4)))]
+    own = {name: value[None] for name, value in row.conditioning.items()}
+    expected = 0.0
+    with torch.no_grad(), world.student.role(STUDENT):
+        for t, s, n in ((999, 499, 1), (499, -1, 0)):
+            z = row.coarse[n + 1][None]
+            moved = world.schedule.step(z, world.student(z, torch.tensor([t]), own), t, s)
+            expected += float(pseudo_huber(moved, row.coarse[n][None])) / 2
+    assert found["distance"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_distribution_matching_moves_nothing_where_both_scores_agree() -> None:
+    """A fake-score LoRA that is still the identity against a teacher without guidance; and only whose turn it is learns."""
+    for scale, moves in ((1.0, False), (SCALE, True)):
+        world = make_world(scale)
+        critic = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
+        critic.add_role(dmd2.FAKE, 4, UNET_LORA_TARGETS, 0)
+        student, fake = learner(world), Learner(critic, dmd2.FAKE, None, 1e-4, (0.9, 0.999), 0.0)
+        method = dmd2.Dmd2(world, critic, student, fake)
+        losses, whose = method.iterate(0, torch.Generator().manual_seed(4))
+        assert whose == [student] and (losses["matching"] > 0) == moves
+        assert any(p.grad is not None and p.grad.any() for p in student.parameters.values()) == moves
+        assert all(p.grad is None for p in fake.parameters.values())
+        student.optimizer.zero_grad()
+        _, whose = method.iterate(1, torch.Generator().manual_seed(4))
+        assert whose == [fake] and any(p.grad.any() for p in fake.parameters.values() if p.grad is not None)
+        assert all(p.grad is None for p in student.parameters.values())
+
+
+def test_fewer_slots_are_seen_in_a_rollout_of_more() -> None:
+    network, schedule = Backbone(make_unet(), FAMILY.call, ()), make_world().schedule
+    z, _, conditioning = inputs(1)
+    fine = Grid(slots=8, fine_steps=2)
+    with network.role(TEACHER):
+        coarse, nudged = rollout(network, schedule, fine, z, conditioning)
+        row: Any = Trajectory(coarse[0], nudged[0], {}, "", 0, 0)
+        stored: Any = SimpleNamespace(manifest={"facts": {"grid": [8, 2, 1]}}, unconditional={})
+        for slots in (4, 2, 1):
+            coarse, nudged = rollout(network, schedule, Grid(slots=slots, fine_steps=16 // slots), z, conditioning)
+            view = View(stored, 1, slots)
+            view.store = [row]  # type: ignore[assignment]
+            assert torch.equal(view[0].coarse, coarse[0]) and torch.equal(view[0].nudged, nudged[0])
