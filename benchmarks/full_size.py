@@ -1,7 +1,7 @@
 """Time and memory of full-size networks with random weights, beside the bare networks' and PCM's.
 
     python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512 and SDXL at 1024 on a GPU; without one, SD 1.5 at 256
-    python benchmarks/full_size.py --table FILE.json   # the tables of docs/cost.md
+    python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables
 
 Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. Of each
 kind of turn the first is not timed. On a GPU memory is torch's own peak, on a CPU the growth of the process's resident memory
@@ -31,6 +31,7 @@ import diffusers
 import psutil
 import torch
 from baselines import pcm
+from markers import markdown, replace_between
 from torch import Tensor
 
 from rapm import config as configuration
@@ -42,6 +43,7 @@ from rapm.teacher import Teacher, architecture_of, load_backbone
 from rapm.train import Learner, make_players
 
 GIB = 2**30
+COST, START = Path(__file__).parents[1] / "docs" / "cost.md", "<!-- table: benchmarks/full_size.py -->"
 SETTINGS: dict[str, list[str]] = {
     "as it comes": [],
     "slot_batch 4": ["training.slot_batch=4"],
@@ -280,21 +282,22 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown, one table for each model and size."""
     titles = ("settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
               "trajectories an hour", "peak, GiB", "planned, GiB", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
-    lines: list[str] = []
+    parts: list[str] = []
     for kind in dict.fromkeys((row["model"], row["size"]) for row in rows):
         own = [row for row in rows if (row["model"], row["size"]) == kind]
-        dtype = "float32" if kind[0] == "toy" else "bfloat16"
-        lines += ["", f"{kind[0]} at {kind[1]} pixels, {dtype}, on {own[0]['device']}, {own[0]['threads']} CPU threads:"]
-        lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        dtype, device = "float32" if kind[0] == "toy" else "bfloat16", f"{own[0]['device']}, {own[0]['threads']} CPU threads"
         beside = next((row for row in own if row["name"] == "PCM" and "error" not in row), None)
-        lines += [f"| {' | '.join(cells_of(row, beside))} |" for row in own]
-    return "\n".join(lines)
+        parts += [
+            f"{kind[0]} at {kind[1]} pixels, {dtype}, on {device}:",
+            markdown(titles, [cells_of(row, beside) for row in own]),
+        ]
+    return "\n\n".join(parts)
 
 
 def cells_of(row: Mapping[str, Any], beside: Mapping[str, Any] | None) -> list[str]:
     """One line of a table; PCM's is ``beside``."""
     if "error" in row:
-        return [row["name"], row["error"]]
+        return [row["name"], row["error"], *[""] * 8]
     taken, memory = row["turns"], row["memory"] / GIB
     both = sum(taken.values())
     cells = [row["name"], f"{taken['critics']:.3g}", f"{taken['student']:.3g}", "", "", "", f"{memory:.2f}", "", "", ""]
@@ -314,7 +317,7 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Any] | None) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where results are kept (JSON)")
-    parser.add_argument("--table", type=Path, help="print the tables of such a file")
+    parser.add_argument("--table", type=Path, help="write the tables of such a file into docs/cost.md")
     parser.add_argument("--repeats", type=int, default=2, help="of the floor")
     parser.add_argument(
         "--iterations", type=int, default=20, help="turns of both kinds, the first of each not timed; at least 4"
@@ -325,7 +328,7 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(run_case(json.loads(arguments.case), arguments.repeats, arguments.iterations)))
     elif arguments.table:
-        print(tables(json.loads(arguments.table.read_text())))
+        replace_between(COST, START, tables(json.loads(arguments.table.read_text())))
     elif arguments.out:
         run_all(arguments.out, arguments.repeats, arguments.iterations, arguments.only)
     else:

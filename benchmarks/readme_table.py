@@ -6,20 +6,19 @@ The README's figures come from here and nowhere else. Each run must have been sc
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tomllib
 from pathlib import Path
 
+from markers import markdown, replace_between
+
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- table: benchmarks/readme_table.py -->", "<!-- end of table -->"
+START = "<!-- table: benchmarks/readme_table.py -->"
+TITLES = "model", "steps", "network calls", "FID to teacher", "caption accuracy", "diversity", "sharpness", "s a picture"
 
 
 def table(folders: list[Path]) -> str:
-    lines = [
-        "| model | steps | network calls | FID to teacher | caption accuracy | diversity | sharpness | s a picture |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for place, folder in enumerate(folders):
         scores = json.loads((folder / "scores.json").read_text())
         seed = tomllib.loads((folder / "config.toml").read_text())["training"]["seed"]
@@ -28,20 +27,14 @@ def table(folders: list[Path]) -> str:
                 continue
             name = row["model"] + (f" (training seed {seed})" if row["model"] == "student" else "")
             calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
-            lines.append(
-                f"| {name} | {row['steps']} | {calls} | {row['fid_to_teacher']:.3f} | {row['caption_accuracy']:.3f} | "
-                f"{row['diversity']:.2f} | {row['sharpness']:.2f} | {row['seconds_per_image']:.3f} |"
-            )
-    return "\n".join(lines)
+            scored = [f"{row[score]:.3f}" for score in ("fid_to_teacher", "caption_accuracy")]
+            scored += [f"{row[score]:.2f}" for score in ("diversity", "sharpness")]
+            rows.append([name, str(row["steps"]), str(calls), *scored, f"{row['seconds_per_image']:.3f}"])
+    return markdown(TITLES, rows)
 
 
 def main() -> None:
-    folders = [Path(argument) for argument in sys.argv[1:]]
-    text = README.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        sys.exit(f"{README} has lost its markers {START} ... {END}")
-    replaced = re.sub(f"{START}.*{END}", lambda _: f"{START}\n{table(folders)}\n{END}", text, flags=re.DOTALL)
-    README.write_text(replaced, encoding="utf-8")
+    replace_between(README, START, table([Path(argument) for argument in sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -139,9 +139,14 @@ class Stub:
     def __init__(self, config: Config, teacher: Teacher, device: str) -> None:
         shapes = [teacher.latent_shape(size) for size in config.trajectories.sizes()]
         shape, slots = max(shapes, key=lambda s: s[1] * s[2]), config.trajectories.slots
-        of_prompt = {name: torch.randn(own, device=device) for name, own in teacher.family.conditioning(teacher.config).items()}
+        generator = torch.Generator().manual_seed(0)  # so that losses can be compared between settings
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        of_prompt = {name: drawn(*own) for name, own in teacher.family.conditioning(teacher.config).items()}
         of_size = {name: value[0].to(device) for name, value in teacher.family.of_size(*teacher.size()).items()}
-        coarse, nudged = torch.randn(slots + 1, *shape, device=device), torch.randn(slots, *shape, device=device)
+        coarse, nudged = drawn(slots + 1, *shape), drawn(slots, *shape)
         self.trajectory = Trajectory(coarse, nudged, of_prompt | of_size, "", 0, 0)
         self.unconditional: Conditioning = {name: value[None] for name, value in of_prompt.items()}
         self.manifest = {"sizes": 1}
@@ -289,14 +294,15 @@ def check_room(plan: Plan, config: Config, out: Path) -> None:
     needed, free = sum(plan.disk.values()) - there, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"the run needs {gib(needed)} more on disk, {folder} has {gib(free)}; fewer trajectories.count, or --force to try"
+            f"the run needs {in_words(needed)} more on disk, {folder} has {in_words(free)}; fewer trajectories.count, "
+            "or --force to try"
         )
     memory = memory_here(config)
     if plan.peak > memory:
         stage = max(plan.memory, key=lambda stage: sum(plan.memory[stage].values()))
         raise UserError(
-            f"{stage} needs {gib(plan.peak)} of memory, there are {gib(memory)}; see 'rapm plan' and docs/cost.md for settings "
-            "that need less, or --force to try"
+            f"{stage} needs {in_words(plan.peak)} of memory, there are {in_words(memory)}; see 'rapm plan' and docs/cost.md "
+            "for settings that need less, or --force to try"
         )
 
 
@@ -316,8 +322,9 @@ def gpus_here() -> dict[str, tuple[float, float]]:
     return {torch.cuda.get_device_name(): (rate, torch.cuda.mem_get_info()[1] / 2**30)}
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def in_words(size: float) -> str:
+    """A number of bytes in words; what is small in MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 27 else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -386,11 +393,11 @@ def duration(work: Callable[[], object], device: str, repeats: int) -> float:
 def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], measured: Measured | None = None) -> str:
     """The plan as a table of lines, with hours for these GPUs; see :data:`GPUS` and :func:`gpus_here`."""
     lines = ["Disk"]
-    lines += [f"  {name:36} {gib(size):>12}" for name, size in plan.disk.items()]
+    lines += [f"  {name:36} {in_words(size):>12}" for name, size in plan.disk.items()]
     lines += ["Memory at the peak of each stage (on a GPU 0.6 GiB more for CUDA itself)"]
     for stage, parts in plan.memory.items():
-        named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-        lines.append(f"  {stage:18} {gib(sum(parts.values())):>12}   {named}")
+        named = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+        lines.append(f"  {stage:18} {in_words(sum(parts.values())):>12}   {named}")
     lines += ["Network calls and turns", *(f"  {name:36} {number:>12,}" for name, number in plan.calls.items())]
     if gpus or measured:
         lines += [f"Hours, at {SHARE_OF_PEAK:.0%} of a GPU's peak rate   trajectories   training"]
@@ -406,5 +413,5 @@ def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], 
         lines += [f"Measured here, {config.torch_device}, {torch.get_num_threads()} CPU threads, random weights"]
         lines += [f"  {f'a fine step of {rows} trajectories':36} {measured.teacher_pass:10.3f} s"]
         lines += [f"  {f'turn, {name}':36} {seconds:10.3f} s" for name, seconds in measured.turns.items()]
-        lines += [f"  {'memory at the peak':36} {gib(measured.peak):>12}"]
+        lines += [f"  {'memory at the peak':36} {in_words(measured.peak):>12}"]
     return "\n".join(lines)
