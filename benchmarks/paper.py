@@ -128,7 +128,7 @@ def ablation() -> list[Spec]:
             settings=[*FOLLOWED, "training.relative_weight=0", *NO_CRITICS],
         ),
     ]
-    return [replace(spec, seed=seed) for spec in specs for seed in SEEDS]
+    return [replace(spec, seed=seed) for seed in SEEDS for spec in specs]
 
 
 NEIGHBOURS = {"RAPM": "rapm", "PCM": "pcm", "LCM": "lcm", "regression": "regression", "distribution matching": "dmd2"}
@@ -161,9 +161,63 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
     return specs
 
 
+ABSOLUTE = ["training.relative_weight=0"]  # the better half of the method here, and what the sweeps below start from
+
+
+def sweeps() -> list[Spec]:
+    """Settings, one at a time; seeds are told apart in the ablation."""
+
+    def spec(table: str, name: str, settings: Sequence[str], **given: Any) -> Spec:
+        return Spec(table, name, settings=settings, **given)
+
+    specs = [spec("weights", f"both terms, w_n = {w:g}", [f"training.absolute_weight={w}"]) for w in (0.1, 0.5, 1, 2)]
+    specs += [spec("weights", f"relative weight {w:g}, w_n = 1", [f"training.relative_weight={w}"]) for w in (0.1, 0.3)]
+    by_slot = {"absolute only, w_n = 1": "1", "w_0 = 4": "[4,1,1,1]", "w_3 = 4": "[1,1,1,4]"}
+    specs += [spec("weights", name, [*ABSOLUTE, f"training.absolute_weight={w}"]) for name, w in by_slot.items()]
+    specs += [
+        spec("weights", f"absolute only, adversarial weight {w:g}", [*ABSOLUTE, f"critics.adversarial_weight={w}"])
+        for w in (0.1, 0.2, 0.8)
+    ]
+    specs += [spec("weights", f"both terms, delta {d}", [f"trajectories.delta={d}"]) for d in (2, 5)]
+    for n in (1, 2, 4, 8):
+        settings = [*ABSOLUTE, f"trajectories.slots={n}", f"trajectories.fine_steps={40 // n}"]
+        sampled = (1, 2, 4, 8) if n == 4 else (n,)
+        specs.append(spec("steps", f"trained for {n}", settings, steps=sampled))
+    for fine in (5, 10, 25, 50):
+        for count in (16, 64, 256, 1000) if fine <= 10 else (16, 64, 256):
+            settings = [*ABSOLUTE, f"trajectories.fine_steps={fine}"]
+            if fine > 10:  # a rollout of 1,000 would take an hour and more
+                settings.append("trajectories.count=256")
+            specs.append(spec("trajectories", f"{count} of M = {fine}", settings, first=count))
+    specs += [spec("rank", f"student {r}", [*ABSOLUTE, f"student.rank={r}"]) for r in (1, 4, 16, 64)]
+    specs += [spec("rank", f"critic {r}", [*ABSOLUTE, f"critics.rank={r}"]) for r in (1, 8)]
+    specs.append(spec("rank", "critic of heads only", ABSOLUTE, method="rapm-heads-only"))
+    forms = {
+        "as it is: relativistic, one noise, near the position": [],
+        "noise of its own for each": ["critics.noise=independent"],
+        "at any noise of the slot": ["critics.noise_power=1"],
+        "hinge": ["critics.loss=hinge"],
+        "hinge, noise of its own, at any noise (PCM)": [
+            "critics.loss=hinge", "critics.noise=independent", "critics.noise_power=1",
+        ],
+        "from the beginning": ["critics.start=0"],
+        "from three quarters on": ["critics.start=0.75"],
+    }  # fmt: skip
+    specs += [spec("critic", name, [*ABSOLUTE, *own]) for name, own in forms.items()]
+    specs += [
+        spec("critic", f"no critics, {updates} updates", [*ABSOLUTE, *NO_CRITICS], updates=updates, seed=seed)
+        for updates in (600, 960)  # as many, and as long, as with a critic
+        for seed in SEEDS
+    ]
+    return specs
+
+
 def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
-    return {"ablation": ablation(), "neighbours": neighbours(lines)}
+    named: dict[str, list[Spec]] = {"ablation": ablation(), "neighbours": neighbours(lines)}
+    for spec in sweeps():
+        named.setdefault(spec.table, []).append(spec)
+    return named
 
 
 # ---------------------------------------------------------------------------------------------------------- RAPM, altered
@@ -202,8 +256,23 @@ def undetached_turn(players: Players, batch: Batch, renoising: Mapping[str, Any]
 
 
 def train_rapm(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher) -> None:
-    """``rapm``; ``rapm-undetached`` and ``rapm-own-start`` with one part of the library replaced."""
+    """``rapm``; ``rapm-undetached``, ``rapm-own-start`` and ``rapm-heads-only`` with one part of the library replaced."""
     turn, make = training.student_turn, training.make_players
+
+    def heads_only(config: Config, *given: Any) -> Players:
+        players = make(config, *given)
+        for role, learner in players.critics.items():
+            rate, decay, assigned = config.critics.learning_rate, config.training.weight_decay, learner.heads
+            for p in learner.parameters.values():
+                p.requires_grad_(False)
+            assert assigned is not None
+            assigned.requires_grad_(True)
+            alone = Learner(players.backbone, "none", assigned, rate, (0.0, 0.999), decay)
+            vars(learner).update(vars(alone), role=role)
+        return players
+
+    if spec.method == "rapm-heads-only":
+        training.make_players = heads_only
     if spec.method == "rapm-undetached":
         training.student_turn = undetached_turn
     if spec.method == "rapm-own-start":
@@ -390,7 +459,8 @@ def store_for(out: Path, config: Config) -> TrajectoryStore:
     fine = settings.slots * settings.fine_steps
     slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
     own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})
-    run = Run(out / "stores" / f"{slots}x{fine // slots}-{delta}", config.model_copy(update={"trajectories": own}))
+    name = f"{slots}x{fine // slots}-{delta}-{settings.count}"
+    run = Run(out / "stores" / name, config.model_copy(update={"trajectories": own}))
     with run.locked():
         return make_trajectories(run)
 
