@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ PCM = {
 }
 
 
+COMPARED = {"no checkpointing": "PCM, no checkpointing"}
 # The embedded teacher, for which Python's share is largest: the demo's preset, and the paper's positions.
 TOY = {"the demo's": [], "stored positions, both terms": ["training.positions=stored", "training.relative_weight=1"]}
 
@@ -120,7 +122,22 @@ class Memory:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_of_process() - self.before
 
 
-Pass = tuple[str, Tensor, Tensor, Conditioning, bool, bool]  # role, z, t, conditioning, with a graph, to the last tap only
+@dataclass(frozen=True)
+class Pass:
+    """A network pass that a turn made.
+
+    Attributes:
+        graph: whether it was made to be walked back: to its adapter's weights, or, if ``to_input``, to its input alone.
+        tapped: up to the last tap only.
+    """
+
+    role: str
+    z: Tensor
+    t: Tensor
+    conditioning: Conditioning
+    graph: bool
+    to_input: bool
+    tapped: bool
 
 
 @contextmanager
@@ -129,8 +146,8 @@ def watched(backbone: Backbone) -> Iterator[list[Pass]]:
     call, seen = backbone.call, []
 
     def noted(network: Any, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        role, tapped = str(backbone._role), backbone._features is not None
-        seen.append((role, z.detach(), t, conditioning, torch.is_grad_enabled(), tapped))
+        role, graph, tapped = str(backbone._role), torch.is_grad_enabled(), backbone._features is not None
+        seen.append(Pass(role, z.detach(), t, conditioning, graph, z.requires_grad, tapped))
         return call(network, z, t, conditioning)
 
     backbone.call = noted
@@ -141,13 +158,19 @@ def watched(backbone: Backbone) -> Iterator[list[Pass]]:
 
 
 def again(backbone: Backbone, passes: list[Pass], adapters: bool) -> None:
-    """The same passes by the network alone, each with its backward pass where it had a graph."""
-    for role, z, t, conditioning, graph, tapped in passes:
-        with backbone.role(role if adapters else TEACHER), torch.set_grad_enabled(graph):
-            z = z.float().requires_grad_(graph)
-            out = backbone.features(z, t, conditioning) if tapped else [backbone(z, t, conditioning)]
-            if graph:
-                torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+    """The same passes by the network alone, each with its backward pass where it had a graph. Without an adapter that leads to
+    the input, as there is nothing else that it could lead to."""
+    for one in passes:
+        to_input = one.graph and (one.to_input or not adapters)
+        with backbone.role(one.role if adapters else TEACHER), torch.set_grad_enabled(one.graph):
+            z = one.z.float().requires_grad_(to_input)
+            given = z, one.t, one.conditioning
+            out = backbone.features(*given) if one.tapped else [backbone(*given)]
+            ones = [torch.ones_like(x) for x in out]
+            if to_input:
+                torch.autograd.grad(out, z, ones)
+            elif one.graph:
+                torch.autograd.backward(out, ones)
 
 
 def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dict[str, Any]:
@@ -179,14 +202,14 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     for name, (turn, _) in work.items():
         with watched(backbone) as passes:
             turn()
-        found["passes"][name] = [[role, len(z), graph, tapped] for role, z, _, _, graph, tapped in passes]
+        found["passes"][name] = [[one.role, len(one.z), one.graph, one.tapped] for one in passes]
         for key, adapters in (("floor", False), ("floor_with_lora", True)):
             floor: list[float] = []
-            for _ in range(repeats):
+            for _ in range(repeats + 1):
                 clear(learners)
                 with timed(device, floor):
                     again(backbone, passes, adapters)
-            found[key][name] = statistics.median(floor)
+            found[key][name] = statistics.median(floor[1:])
         clear(learners)
     return found
 
@@ -234,10 +257,6 @@ def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str
         found = theirs(config, teacher, iterations, case["model"])
     else:
         found = ours(config, teacher, repeats, iterations)
-        plan = make_plan(config, teacher)  # only now: it takes memory too
-        found["planned"] = {stage: dict(parts) for stage, parts in plan.memory.items()}
-        found["planned_flops"] = plan.flops["training"] / config.training.iterations
-        found["bytes_per_trajectory"] = plan.disk["positions"] / config.trajectories.count
     found["turns"] = {name: statistics.median(taken[1:]) for name, taken in found["seconds"].items()}
     gpu = torch.cuda.get_device_name() if config.torch_device == "cuda" else ""
     return {
@@ -276,17 +295,30 @@ def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
         rows = [old for old in rows if (old["model"], old["size"], old["name"]) != key] + [row]
         out.write_text(json.dumps(rows, indent=1))
         print(key, {name: row.get(name) for name in ("turns", "memory", "wall", "error")}, flush=True)
+    for row in rows:  # only now: counting takes time and memory too
+        if "floor" in row and "planned" not in row:
+            config = config_of(row)
+            plan = make_plan(config, architecture_of(config))
+            row["planned"] = {stage: dict(parts) for stage, parts in plan.memory.items()}
+            row["planned_flops"] = plan.flops["training"] / config.training.iterations
+            row["bytes_per_trajectory"] = plan.disk["positions"] / config.trajectories.count
+            out.write_text(json.dumps(rows, indent=1))
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown, one table for each model and size."""
     titles = ("settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
               "trajectories an hour", "peak, GiB", "planned, GiB", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
+    order = [*TOY, *SETTINGS, *PCM]
+    rows = sorted(rows, key=lambda row: order.index(row["name"]))
     parts: list[str] = []
     for kind in dict.fromkeys((row["model"], row["size"]) for row in rows):
         own = [row for row in rows if (row["model"], row["size"]) == kind]
-        dtype, device = "float32" if kind[0] == "toy" else "bfloat16", f"{own[0]['device']}, {own[0]['threads']} CPU threads"
-        beside = next((row for row in own if row["name"] == "PCM" and "error" not in row), None)
+        dtype, device = (
+            "float32" if kind[0] == "toy" else "bfloat16",
+            next(f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row),
+        )
+        beside = {row["name"]: row for row in own if row["name"] in PCM and "error" not in row}
         parts += [
             f"{kind[0]} at {kind[1]} pixels, {dtype}, on {device}:",
             markdown(titles, [cells_of(row, beside) for row in own]),
@@ -294,8 +326,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def cells_of(row: Mapping[str, Any], beside: Mapping[str, Any] | None) -> list[str]:
-    """One line of a table; PCM's is ``beside``."""
+def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line of a table; with PCM's, ``beside``, is compared what has the same checkpointing and one slot at a time too."""
     if "error" in row:
         return [row["name"], row["error"], *[""] * 8]
     taken, memory = row["turns"], row["memory"] / GIB
@@ -306,11 +338,12 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Any] | None) -> list[s
         a_trajectory = settings.slots * settings.fine_steps * row["teacher_pass"] / row["rows"]
         cells[3:6] = [
             *(f"{both / sum(row[key].values()) - 1:+.0%}" for key in ("floor", "floor_with_lora")),
-            f"{3600 / a_trajectory:.3g}",
+            f"{3600 / a_trajectory:,.0f}",
         ]
-        cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}"
-    if beside and row["name"] not in PCM:
-        cells[8:] = [f"x {both / sum(beside['turns'].values()):.2f}", f"x {row['memory'] / beside['memory']:.2f}"]
+        cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}" if "planned" in row else ""
+    other = None if row["name"] in PCM or "slot_batch" in row["name"] else beside.get(COMPARED.get(row["name"], "PCM"))
+    if other:
+        cells[8:] = [f"x {both / sum(other['turns'].values()):.2f}", f"x {row['memory'] / other['memory']:.2f}"]
     return cells
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -33,11 +35,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import rapm.train as training
 from rapm import config as configuration
 from rapm.config import Config
+from rapm.errors import NonFinite
 from rapm.evaluate import toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance, pair_distance
 from rapm.files import load_tensors, save_tensors, under_prefix, with_prefix
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Positions, from_nudged, positions, student_step
+from rapm.plan import Stub, duration, teacher_pass
 from rapm.run import Run
 from rapm.sample import Studio, open_studio, sheet
 from rapm.schedule import trailing_timesteps
@@ -58,6 +62,7 @@ NO_CRITICS = ["critics.adversarial_weight=0"]
 SEEDS = (0, 1, 2)
 PICTURES = 2000  # rendered scenes for methods that take pictures
 BOOTSTRAP = 20
+TURNS = {"pcm": 2, "lcm": 1, "regression": 1, "dmd2": 6}  # iterations of a neighbour for each update of its student
 MOST_SLOTS = 8  # that trajectories are stored with, where fewer can be seen in them
 
 
@@ -93,20 +98,21 @@ class Spec:
         """With so many iterations that the student gets its updates."""
         given = [*SHARED, *self.settings, f"training.seed={self.seed}"]
         config = configuration.load(teacher="toy", settings=given)
-        turns = {"pcm": 2, "dmd2": 6}.get(self.method, 1)
 
         def with_iterations(number: int) -> Config:
-            kept = {"iterations": number, "checkpoint_every": max(1, number // 4), "keep_checkpoints": 4 if self.curve else 1}
+            kept = {"iterations": number, "checkpoint_every": -(-number // 4), "keep_checkpoints": 4 if self.curve else 1}
             return config.model_copy(update={"training": config.training.model_copy(update=kept)})
 
-        def student_turns(tried: Config) -> int:
-            return sum(not training.is_critic_turn(tried, k) for k in range(tried.training.iterations))
-
-        number = turns * self.updates
-        if self.method.startswith("rapm"):
-            while student_turns(with_iterations(number)) < self.updates:
-                number += 2
+        number = TURNS.get(self.method, 1) * self.updates
+        while self.updates_in(with_iterations(number), number) < self.updates:
+            number += 1
         return with_iterations(number)
+
+    def updates_in(self, config: Config, iterations: int) -> int:
+        """Updates of the student in the first so many iterations."""
+        if self.method.startswith("rapm"):
+            return sum(not training.is_critic_turn(config, k) for k in range(iterations))
+        return iterations // TURNS[self.method]
 
 
 def ablation() -> list[Spec]:
@@ -121,10 +127,10 @@ def ablation() -> list[Spec]:
     specs += [
         Spec("ablation", "second detach removed, distances alone", "rapm-undetached", NO_CRITICS),
         Spec("ablation", "frozen student from its own position, distances alone", "rapm-own-start", NO_CRITICS),
-        Spec("ablation", "both followed from its own position, distances alone", settings=[*FOLLOWED, *NO_CRITICS]),
+        Spec("ablation", "both followed from its own position (M = 3), distances alone", settings=[*FOLLOWED, *NO_CRITICS]),
         Spec(
             "ablation",
-            "absolute only, followed from its own position, distances alone",
+            "absolute only, followed from its own position (M = 3), distances alone",
             settings=[*FOLLOWED, "training.relative_weight=0", *NO_CRITICS],
         ),
     ]
@@ -137,7 +143,7 @@ RATES = (2e-4, 7e-4, 2e-3)
 
 def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
     """The paper's Figure 5: first the rates of each method; then, of those whose rates are known, the best one with other
-    seeds, and all seeds with as many updates as take the time that RAPM takes."""
+    seeds, and all seeds with as many updates as take the time that RAPM takes with its rollout."""
 
     def spec(name: str, method: str, rate: float, seed: int, **given: Any) -> Spec:
         critics = rate if method == "dmd2" else 2 * rate  # what it learns beside the student, as its authors have it
@@ -145,7 +151,7 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
         return Spec("neighbours", f"{name}, rate {rate:g}", method, settings, seed, **given)
 
     specs = [spec(name, method, rate, 0, curve=True) for name, method in NEIGHBOURS.items() for rate in RATES]
-    known = {line["key"]: line["lines"][-1] for line in lines}
+    known = {line["key"]: line["lines"][-1] if line["lines"] else {"fid": math.inf} for line in lines}  # that failed, if none
     best: dict[str, float] = {}
     for name, method in NEIGHBOURS.items():
         fids = {rate: known.get(spec(name, method, rate, 0).key, {}).get("fid") for rate in RATES}
@@ -154,8 +160,9 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
             specs += [spec(name, method, best[name], seed, curve=True) for seed in SEEDS[1:]]
     for name, method in NEIGHBOURS.items():
         if name != "RAPM" and {name, "RAPM"} <= best.keys():
-            seconds = [known[spec(other, NEIGHBOURS[other], best[other], 0).key]["seconds"] for other in ("RAPM", name)]
-            updates = round(UPDATES * seconds[0] / seconds[1])
+            whole, its_own = (known[spec(other, NEIGHBOURS[other], best[other], 0).key] for other in ("RAPM", name))
+            seconds = whole["seconds"] + whole["rollout"] - its_own["rollout"]
+            updates = round(UPDATES * seconds / its_own["seconds"])
             same = [spec(name, method, best[name], seed, updates=updates) for seed in SEEDS]
             specs += [replace(each, table="equal time") for each in same]
     return specs
@@ -214,8 +221,8 @@ def sweeps() -> list[Spec]:
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
-    named: dict[str, list[Spec]] = {"ablation": ablation(), "neighbours": neighbours(lines)}
-    for spec in sweeps():
+    named: dict[str, list[Spec]] = {}
+    for spec in [*ablation(), *neighbours(lines), *sweeps()]:
         named.setdefault(spec.table, []).append(spec)
     return named
 
@@ -278,7 +285,8 @@ def train_rapm(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher) -
     if spec.method == "rapm-own-start":
         training.make_players = lambda *given: OwnStart(**vars(make(*given)))
     try:
-        training.train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule)
+        if not training.train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule):
+            sys.exit(f"{spec.key} was stopped")
     finally:
         training.student_turn, training.make_players = turn, make
 
@@ -328,7 +336,7 @@ def make_method(spec: Spec, config: Config, teacher: Teacher, store: TrajectoryS
     x0, conditioning = given.draw(torch.Generator(), 1)
     with torch.no_grad(), critic.role(TEACHER):
         channels = [x.shape[1] for x in critic.features(x0, torch.zeros(1, dtype=torch.long), conditioning)]
-    heads = pcm.Heads(channels, form, config.training.seed)
+    heads = pcm.Heads(channels, form, config.training.seed).to(device)
     of_heads = Learner(critic, "discriminator", heads, config.critics.learning_rate, (0.0, 0.999), decay)
     scale = config.trajectories.guidance_scale
     method = pcm.Pcm(student, critic, teacher.schedule, world.grid, learner, of_heads, store.unconditional, scale, given)
@@ -341,12 +349,14 @@ def train_neighbour(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teach
     world, method = make_method(spec, config, teacher, store, given)
     average = {name: p.detach().clone() for name, p in world.student.parameters(STUDENT).items()}
     started, settings = time.monotonic(), config.training
+    by_update = config.model_copy(update={"training": settings.model_copy(update={"iterations": spec.updates})})
+    run.forget_metrics_from(0)
     for iteration in range(settings.iterations):
         generator = training._generator(settings.seed, spec.method, iteration)
         losses, learners = method.iterate(iteration, generator)
         for learner in learners:
             learner.clip(iteration, sum(losses.values()), settings.gradient_clip)
-            learner.step(rate_factor(config, iteration))
+            learner.step(rate_factor(by_update, iteration // method.turns))
             if learner.role == STUDENT:
                 update = iteration // method.turns
                 weights = [p.detach() for p in learner.parameters.values()]
@@ -414,8 +424,24 @@ def scores(measured: protocol.Measured, many: protocol.Measured) -> dict[str, fl
     }
 
 
-def score_run(spec: Spec, run: Run, many: protocol.Measured) -> list[dict[str, Any]]:
-    """A line for each number of steps, and for each quarter of a curve."""
+def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """What iterations take: of each kind of turn the median times their number, whatever else the machine did meanwhile."""
+    kinds: dict[tuple[str, ...], list[float]] = {}
+    for before, record in pairwise([{"seconds": 0.0}, *records]):
+        kinds.setdefault(tuple(record), []).append(record["seconds"] - before["seconds"])
+    return sum(len(taken) * statistics.median(taken) for taken in kinds.values())
+
+
+def rollout_of_one(config: Config, teacher: Teacher) -> float:
+    """Seconds that a stored trajectory takes."""
+    settings, device = config.trajectories, config.torch_device
+    rows, stub = min(settings.batch_size, settings.count), Stub(config, teacher, device)
+    taken = duration(teacher_pass(config, load_backbone(teacher, config, device), stub, rows), device, 3)
+    return taken * settings.slots * settings.fine_steps / rows
+
+
+def score_run(spec: Spec, run: Run, many: protocol.Measured, rollout: float, stored: int) -> list[dict[str, Any]]:
+    """A line for each number of steps, and each quarter of a curve. ``rollout`` is of one of the ``stored`` trajectories."""
     oracle, lines = Oracle.load(ORACLE), []
     records = run.read_metrics()
     slots = run.config.trajectories.slots
@@ -428,7 +454,8 @@ def score_run(spec: Spec, run: Run, many: protocol.Measured) -> list[dict[str, A
         for steps in spec.steps if last and spec.steps else [slots]:
             measured = protocol.measure(studio, oracle, STUDENT, steps, "validation")
             found = scores(measured, many)
-            lines.append({"iteration": step, "seconds": records[step - 1]["seconds"], "steps": steps, **found})
+            cost = {"seconds": seconds_of(records[:step]), "rollout": rollout * min(step, stored)}
+            lines.append({"iteration": step, "updates": spec.updates_in(run.config, step), "steps": steps, **cost, **found})
             if last and steps == slots:
                 texts = scenes.captions(8, protocol.CAPTION_SEED, "validation")
                 sheet([(spec.name, studio.images(STUDENT, texts, range(8), steps))], run.folder / "pictures.png")
@@ -453,16 +480,14 @@ class View:
         return replace(row, coarse=row.coarse[:: self.every], nudged=row.nudged[self.every - 1 :: self.every])
 
 
-def store_for(out: Path, config: Config) -> TrajectoryStore:
-    """The stored trajectories that a run's are seen in; shared by all runs that can have them."""
+def store_run(out: Path, config: Config) -> Run:
+    """Where the trajectories are that a run's are seen in; shared by all runs that can have them."""
     settings, delta = config.trajectories, config.trajectories.delta
     fine = settings.slots * settings.fine_steps
     slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
     own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})
     name = f"{slots}x{fine // slots}-{delta}-{settings.count}"
-    run = Run(out / "stores" / name, config.model_copy(update={"trajectories": own}))
-    with run.locked():
-        return make_trajectories(run)
+    return Run(out / "stores" / name, config.model_copy(update={"trajectories": own}))
 
 
 def execute(spec: Spec, out: Path) -> dict[str, Any]:
@@ -470,7 +495,7 @@ def execute(spec: Spec, out: Path) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     config = spec.config()
     run = Run.open(out / "runs" / spec.key.replace(" ", "-"), config)
-    teacher, stored = teacher_of(config), store_for(out, config)
+    teacher, stored = teacher_of(config), TrajectoryStore.open(store_run(out, config).trajectories)
     store: Any = View(stored, spec.first or len(stored), config.trajectories.slots)
     if run.checkpoint_steps()[-1:] != [config.training.iterations]:
         if spec.method.startswith("rapm"):
@@ -478,7 +503,9 @@ def execute(spec: Spec, out: Path) -> dict[str, Any]:
         else:
             given = pictures(out, open_studio(Run(out / "stores", config), student=False))
             train_neighbour(spec, run, store, teacher, given)
-    lines = score_run(spec, run, reference(out))
+    uses_store = spec.method.startswith("rapm") or spec.method == "regression"
+    rollout = rollout_of_one(config, teacher) if uses_store else 0.0
+    lines = score_run(spec, run, reference(out), rollout, len(store))
     return {"key": spec.key, **asdict(spec), "iterations": config.training.iterations, "lines": lines}
 
 
@@ -491,7 +518,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 def run_all(out: Path, left: Sequence[Spec], jobs: int) -> None:
     """Runs side by side, each in its own process on its own core."""
     for config in {spec.config().trajectories.model_dump_json(): spec.config() for spec in left}.values():
-        store_for(out, config)
+        make_trajectories(store_run(out, config))
     reference(out)
     pictures(out, open_studio(Run(out / "stores", left[0].config()), student=False))
     cores: Queue[int] = Queue()
@@ -506,14 +533,17 @@ def run_all(out: Path, left: Sequence[Spec], jobs: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         cores.put(core)
-        if result.returncode:
-            print(f"{spec.key}: {(result.stderr.strip() or '?').splitlines()[-1]}", flush=True)
+        said = (result.stderr.strip() or "?").splitlines()[-1]
+        diverged = NonFinite.__name__ in said
+        if result.returncode and not diverged:  # a mistake, or stopped: to be run again
+            print(f"{spec.key}: {said}", flush=True)
             return
-        line = result.stdout.strip().splitlines()[-1]
+        failed = {"key": spec.key, **asdict(spec), "lines": [], "error": said}
+        line = json.dumps(failed) if diverged else result.stdout.strip().splitlines()[-1]
         with (out / "results.jsonl").open("a") as file:
             file.write(line + "\n")
-        found = json.loads(line)["lines"][-1]
-        print(spec.key, {name: round(value, 3) for name, value in found.items()}, flush=True)
+        found = said if diverged else {name: round(value, 3) for name, value in json.loads(line)["lines"][-1].items()}
+        print(spec.key, found, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, left))

@@ -30,7 +30,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def groups(runs: Runs, table: str) -> dict[str, list[Mapping[str, Any]]]:
     """Runs of a table by name, seeds together."""
-    own = [run for run in runs if run["table"] == table]
+    own = [run for run in runs if run["table"] == table and run["lines"]]
     return {name: [run for run in own if run["name"] == name] for name in dict.fromkeys(run["name"] for run in own)}
 
 
@@ -43,10 +43,11 @@ def table(runs: Runs, name: str) -> str:
             lines = [each[place] for each in last]
             scored = [spread([line[key] for line in lines], digits) for key, (_, digits) in SCORES.items()]
             many = len(last[0]) > 1
-            seconds = spread([line["seconds"] for line in lines], 0)
+            seconds = [spread([line[part] for line in lines], 0) for part in ("seconds", "rollout")]
             label = f"{variant}, sampled in {steps}" if many else variant
-            rows.append([label, str(len(own)), str(own[0]["updates"]), seconds, *scored])
-    return markdown(("what", "seeds", "updates", "seconds of training", *(title for title, _ in SCORES.values())), rows)
+            rows.append([label, str(len(own)), str(own[0]["updates"]), *seconds, *scored])
+    titles = "what", "seeds", "updates", "seconds of training", "of its rollout", *(title for title, _ in SCORES.values())
+    return markdown(titles, rows)
 
 
 def figure(runs: Runs) -> None:
@@ -63,12 +64,10 @@ def figure(runs: Runs) -> None:
             lines = run["lines"]
             given: dict[str, Any] = {"color": f"C{colour}", "marker": "o", "markersize": 3, "linewidth": 1}
             label = name if run is own[0] else None
-            left.plot(
-                [run["updates"] * line["iteration"] / run["iterations"] for line in lines], [x["fid"] for x in lines], **given
-            )
-            right.plot([line["seconds"] for line in lines], [line["fid"] for line in lines], **given, label=label)
+            left.plot([line["updates"] for line in lines], [line["fid"] for line in lines], **given)
+            right.plot([x["seconds"] + x["rollout"] for x in lines], [x["fid"] for x in lines], **given, label=label)
     left.set(xlabel="updates of the student", ylabel="FID to the teacher", yscale="log")
-    right.set(xlabel="seconds of training")
+    right.set(xlabel="seconds of training and of its rollout")
     right.legend(fontsize=8)
     panels.savefig(FIGURE, dpi=110)
 
@@ -78,6 +77,9 @@ def main() -> None:
         shutil.copy(Path(sys.argv[1]) / "results.jsonl", KEPT)
     runs = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
     for name in dict.fromkeys(run["table"] for run in runs):
+        if f"paper_report.py {name} " not in RESULTS.read_text(encoding="utf-8"):
+            print(f"{RESULTS} has no place for table '{name}' yet")
+            continue
         replace_between(RESULTS, f"<!-- table: benchmarks/paper_report.py {name} -->", table(runs, name))
     if any(len(own) > 1 for own in groups(runs, "neighbours").values()):
         figure(runs)

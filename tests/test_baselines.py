@@ -9,7 +9,7 @@ import pytest
 import torch
 from baselines import Pictures, World, dmd2, lcm, one_in_each_slot, pcm, regression
 from conftest import make_scheduler, make_unet
-from paper import View
+from paper import View, seconds_of
 from test_network import inputs, shake
 
 from rapm import config as configuration
@@ -17,7 +17,7 @@ from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import pseudo_huber
 from rapm.schedule import Grid, Schedule
-from rapm.train import Learner
+from rapm.train import Learner, draw_batch
 from rapm.trajectories import Trajectory, rollout
 
 GRID = Grid(slots=2, fine_steps=3)
@@ -155,14 +155,12 @@ def test_lcm_compares_predictions_of_the_clean_latent_along_the_teachers_step() 
 def test_regression_goes_from_stored_to_stored_positions() -> None:
     world = make_world()
     found, _ = regression.Regression(world, learner(world)).iterate(0, torch.Generator().manual_seed(4))
-    row: Any = world.store[int(torch.randint(3, (1,), generator=torch.Generator().manual_seed(4)))]
-    own = {name: value[None] for name, value in row.conditioning.items()}
-    expected = 0.0
+    batch, expected = draw_batch(world.store, 1, world.config.training.seed, 0, torch.device("cpu")), 0.0
     with torch.no_grad(), world.student.role(STUDENT):
         for t, s, n in ((999, 499, 1), (499, -1, 0)):
-            z = row.coarse[n + 1][None]
-            moved = world.schedule.step(z, world.student(z, torch.tensor([t]), own), t, s)
-            expected += float(pseudo_huber(moved, row.coarse[n][None])) / 2
+            z = batch.coarse[:, n + 1]
+            moved = world.schedule.step(z, world.student(z, torch.tensor([t]), batch.conditioning), t, s)
+            expected += float(pseudo_huber(moved, batch.coarse[:, n])) / 2
     assert found["distance"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -182,6 +180,35 @@ def test_distribution_matching_moves_nothing_where_both_scores_agree() -> None:
         _, whose = method.iterate(1, torch.Generator().manual_seed(4))
         assert whose == [fake] and any(p.grad.any() for p in fake.parameters.values() if p.grad is not None)
         assert all(p.grad is None for p in student.parameters.values())
+
+
+def test_distribution_matching_moves_towards_where_the_teacher_sees_it() -> None:
+    """A step against the loss's gradient takes the clean latent from what the fake score predicts to what the teacher does."""
+    world = make_world()
+    critic = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
+    critic.add_role(dmd2.FAKE, 4, UNET_LORA_TARGETS, 0)
+    shake(critic.parameters(dmd2.FAKE), 2)
+    method = dmd2.Dmd2(world, critic, learner(world), Learner(critic, dmd2.FAKE, None, 1e-4, (0.9, 0.999), 0.0))
+    x0, t, conditioning = inputs(2)
+    z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with critic.role(TEACHER):
+            empty = {name: torch.zeros_like(value) for name, value in conditioning.items()}
+            without, with_ = (critic(z, t, c) for c in (empty, conditioning))
+        with critic.role(dmd2.FAKE):
+            fake = world.schedule.x0_and_eps(z, critic(z, t, conditioning), t)[0]
+    real = world.schedule.x0_and_eps(z, without + SCALE * (with_ - without), t)[0]
+    length = (x0 - real).abs().flatten(1).mean(1)[:, None, None, None]
+    torch.testing.assert_close(method._direction(x0, z, t, conditioning), (fake - real) / length, rtol=1e-3, atol=1e-5)
+
+
+def test_seconds_are_of_turns_and_not_of_what_stood_between() -> None:
+    taken = [1.0, 2.0, 1.0, 2.0, 90.0, 2.0, -99.0, 2.0]  # a pause, and a clock that began again
+    records, now = [], 0.0
+    for k, seconds in enumerate(taken):
+        now += seconds
+        records.append({"iteration": k, ("critic", "distance")[k % 2]: 0.0, "seconds": now})
+    assert seconds_of(records) == pytest.approx(4 * 1.0 + 4 * 2.0)
 
 
 def test_fewer_slots_are_seen_in_a_rollout_of_more() -> None:

@@ -19,7 +19,7 @@ from rapm.train import Learner
 from rapm.trajectories import guided
 
 FAKE = "fake"
-LOWEST, HIGHEST = 20, 980  # timesteps that scores are compared at
+LOWEST, HIGHEST = 20, 980  # timesteps that scores are compared at, both included
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Dmd2:
         world, schedule, mine = self.world, self.world.schedule, iteration % self.turns == 0
         _, one = world.pictures.draw(generator, 1)
         conditioning = repeat(one, world.grid.slots)
-        t = torch.randint(LOWEST, HIGHEST, (world.grid.slots,), generator=generator)
+        low, high = (LOWEST, HIGHEST + 1) if mine else (0, schedule.num_train_timesteps)
+        t = torch.randint(low, high, (world.grid.slots,), generator=generator)
         with world.student.role(STUDENT), torch.set_grad_enabled(mine):
             x0 = self.samples(conditioning, generator)
             noise = torch.randn(x0.shape, generator=generator).to(x0)

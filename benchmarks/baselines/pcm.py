@@ -33,7 +33,7 @@ class Head(nn.Module):
         self.first, self.second = (
             nn.Sequential(
                 nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
-                nn.GroupNorm(math.gcd(32, channels // 4), channels),
+                nn.GroupNorm(math.gcd(32, channels), channels),
                 nn.LeakyReLU(inplace=True),
             )
             for _ in range(2)

@@ -9,7 +9,7 @@ import torch
 from baselines import World
 from rapm.network import STUDENT
 from rapm.objective import pseudo_huber, repeat, student_step
-from rapm.train import Learner
+from rapm.train import Learner, draw_batch
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Regression:
 
     def iterate(self, iteration: int, generator: torch.Generator) -> tuple[dict[str, float], list[Learner]]:
         world = self.world
-        row = world.store[int(torch.randint(len(world.store), (1,), generator=generator))]
+        batch = draw_batch(world.store, 1, world.config.training.seed, iteration, world.student.device)
         slots = list(range(world.grid.slots))[::-1]
-        conditioning = repeat({name: value[None] for name, value in row.conditioning.items()}, len(slots))
-        start, end = (torch.stack([row.coarse[n + k] for n in slots]) for k in (1, 0))
+        conditioning = repeat(batch.conditioning, len(slots))
+        start, end = (torch.cat([batch.coarse[:, n + k] for n in slots]) for k in (1, 0))
         with world.student.role(STUDENT):
             moved = student_step(world.student, world.schedule, world.grid, slots, start, conditioning)
             loss = pseudo_huber(moved, end).mean()
