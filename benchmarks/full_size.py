@@ -110,16 +110,26 @@ def processor() -> str:
 
 
 class Memory:
-    """Bytes at the peak since it was made."""
+    """Bytes at the peak since the last reset, beyond what the process held when this was made."""
 
     def __init__(self, device: str) -> None:
-        self.device = device
-        self.before = 0 if device == "cuda" else psutil.Process().memory_info().rss
-        if device == "cuda":
+        self.on_gpu = device == "cuda"
+        self.before = 0 if self.on_gpu else psutil.Process().memory_info().rss
+        self.reset()
+
+    def reset(self) -> None:
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":  # elsewhere the peak is that of the whole process, loading with it
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_of_process() - self.before
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated()
+        if sys.platform != "linux":
+            return peak_of_process() - self.before
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024 - self.before
 
 
 @dataclass(frozen=True)
@@ -178,12 +188,12 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     device = config.torch_device
     stub, memory = Stub(config, teacher, device), Memory(device)
     backbone = load_backbone(without_weights(teacher), config, device)
+    memory.reset()
     rows = min(config.trajectories.batch_size, config.trajectories.count)
     taken = duration(teacher_pass(config, backbone, stub, rows), device, repeats)
     found: dict[str, Any] = {"rows": rows, "teacher_pass": taken}
     found["memory_trajectories"] = memory.peak()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    memory.reset()
     players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
     learners = [players.student, *players.critics.values()]
     kinds = turns(players, stub)
