@@ -54,15 +54,12 @@ from rapm.trajectories import Trajectory, TrajectoryStore, guided, picture_noise
 
 UPDATES = 600  # of the student, in every run whose name does not say otherwise
 SHARED = ["training.positions=stored", "training.relative_weight=1", "training.absolute_weight=1", "trajectories.fine_steps=10"]
-FOLLOWED = [
-    "training.positions=followed",
-    "trajectories.fine_steps=3",
-]  # three teacher steps a slot in the loop, as in the demo
+FOLLOWED = ["training.positions=followed", "trajectories.fine_steps=3"]  # as in the demo
 NO_CRITICS = ["critics.adversarial_weight=0"]
 SEEDS = (0, 1, 2)
 PICTURES = 2000  # rendered scenes for methods that take pictures
 BOOTSTRAP = 20
-TURNS = {"pcm": 2, "lcm": 1, "regression": 1, "dmd2": 6}  # iterations of a neighbour for each update of its student
+METHODS: dict[str, type[Method]] = {"pcm": pcm.Pcm, "lcm": lcm.Lcm, "regression": regression.Regression, "dmd2": dmd2.Dmd2}
 MOST_SLOTS = 8  # that trajectories are stored with, where fewer can be seen in them
 
 
@@ -72,7 +69,7 @@ class Spec:
 
     Attributes:
         name: of the variant, the same for all its seeds.
-        method: ``rapm``, one of its two altered forms (see :func:`train_rapm`), or a neighbour.
+        method: ``rapm``, one of its three altered forms (see :func:`train_rapm`), or a neighbour.
         settings: beyond the demo's preset and ``SHARED``.
         updates: of the student.
         first: trajectories taken of those stored; 0 is all.
@@ -103,16 +100,16 @@ class Spec:
             kept = {"iterations": number, "checkpoint_every": -(-number // 4), "keep_checkpoints": 4 if self.curve else 1}
             return config.model_copy(update={"training": config.training.model_copy(update=kept)})
 
-        number = TURNS.get(self.method, 1) * self.updates
-        while self.updates_in(with_iterations(number), number) < self.updates:
-            number += 1
+        number = self.updates
+        while (lacking := self.updates - self.updates_in(with_iterations(number), number)) > 0:
+            number += lacking
         return with_iterations(number)
 
     def updates_in(self, config: Config, iterations: int) -> int:
         """Updates of the student in the first so many iterations."""
         if self.method.startswith("rapm"):
             return sum(not training.is_critic_turn(config, k) for k in range(iterations))
-        return iterations // TURNS[self.method]
+        return iterations // METHODS[self.method].turns
 
 
 def ablation() -> list[Spec]:
@@ -213,7 +210,7 @@ def sweeps() -> list[Spec]:
     specs += [spec("critic", name, [*ABSOLUTE, *own]) for name, own in forms.items()]
     specs += [
         spec("critic", f"no critics, {updates} updates", [*ABSOLUTE, *NO_CRITICS], updates=updates, seed=seed)
-        for updates in (600, 960)  # as many, and as long, as with a critic
+        for updates in (600, 960)  # as many, and about as long, as with a critic
         for seed in SEEDS
     ]
     return specs
@@ -318,7 +315,7 @@ def make_method(spec: Spec, config: Config, teacher: Teacher, store: TrajectoryS
 
     student = another(())
     student.add_role(STUDENT, config.student.rank, student.lora_targets, config.training.seed)
-    world = World(config, student, another, teacher.schedule, config.grid(), store.unconditional, given, store)
+    world = World(config, student, teacher.schedule, config.grid(), store.unconditional, given, store)
     decay, betas = config.training.weight_decay, (0.9, 0.999)
     learner = Learner(student, STUDENT, None, config.student.learning_rate, betas, decay)
     if spec.method == "regression":
@@ -392,10 +389,10 @@ def reference(out: Path) -> protocol.Measured:
     if not file.is_file():
         studio = open_studio(Run(Path("."), configuration.load(teacher="toy")), student=False)
         oracle = Oracle.load(ORACLE)
-        jobs = [(which, i) for i, which in [(i, "second") for i in range(0, protocol.CAPTIONS, 50)]]
-        jobs += [("first", i) for i in range(0, protocol.PAIRS, 50)]
-        drawn = {job: protocol.draw(studio, oracle, TEACHER, 20, "validation", job) for job in jobs}
-        second, first = ([d for (which, _), d in drawn.items() if which == w] for w in ("second", "first"))
+        first, second = (
+            [protocol.draw(studio, oracle, TEACHER, 20, "validation", (which, i)) for i in range(0, captions, 50)]
+            for which, captions in (("first", protocol.PAIRS), ("second", protocol.CAPTIONS))
+        )
         tensors = {
             "first": torch.cat([d[0] for d in first]),
             "second": torch.cat([d[0] for d in second]),
@@ -447,7 +444,7 @@ def score_run(spec: Spec, run: Run, many: protocol.Measured, rollout: float, sto
     slots = run.config.trajectories.slots
     for step in run.checkpoint_steps() if spec.curve else run.checkpoint_steps()[-1:]:
         studio = open_studio(run)
-        if spec.method in ("lcm", "dmd2"):
+        if spec.method in METHODS and METHODS[spec.method].stochastic:
             studio.__class__ = ConsistencyStudio
         studio.backbone.load(STUDENT, under_prefix("average", load_tensors(run._checkpoint(step))))
         last = step == run.config.training.iterations

@@ -114,9 +114,8 @@ def make_world(scale: float = SCALE) -> World:
         for k in range(3)
     ]  # fmt: skip
     schedule = Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, "epsilon")
-    another: Any = None
     store: Any = rows
-    return World(config, student, another, schedule, GRID, unconditional, Pictures(x0, conditioning), store)
+    return World(config, student, schedule, GRID, unconditional, Pictures(x0, conditioning), store)
 
 
 def learner(world: World) -> Learner:

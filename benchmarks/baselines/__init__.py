@@ -6,7 +6,6 @@ RAPM is; where its paper takes pictures, it gets rendered scenes in the VAE's la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +40,6 @@ class World:
 
     Attributes:
         student: with the role ``STUDENT``.
-        another: makes another network of the teacher's weights, with taps.
         grid: N slots of M solver steps each.
         unconditional: what guidance leads away from.
         store: the teacher's trajectories, for methods that take them.
@@ -49,7 +47,6 @@ class World:
 
     config: Config
     student: Backbone
-    another: Callable[[Sequence[str]], Backbone]
     schedule: Schedule
     grid: Grid
     unconditional: Conditioning
