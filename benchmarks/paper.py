@@ -134,38 +134,45 @@ def ablation() -> list[Spec]:
     return [replace(spec, seed=seed) for seed in SEEDS for spec in specs]
 
 
-NEIGHBOURS = {"RAPM": "rapm", "PCM": "pcm", "LCM": "lcm", "regression": "regression", "distribution matching": "dmd2"}
 RATES = (2e-4, 7e-4, 2e-3)
+FEW_FINE = ["trajectories.fine_steps=3"]  # a third of the rollout of M = 10
+ABSOLUTE = ["training.relative_weight=0"]  # the better half of the method here, and what the sweeps below start from
+NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
+    "RAPM, followed, absolute only": ("rapm", [*FOLLOWED, *ABSOLUTE]),
+    "RAPM": ("rapm", FEW_FINE),
+    "PCM": ("pcm", []),
+    "LCM": ("lcm", []),
+    "regression": ("regression", FEW_FINE),
+    "distribution matching": ("dmd2", []),
+}
 
 
 def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
-    """The paper's Figure 5: first the rates of each method; then, of those whose rates are known, the best one with other
-    seeds, and all seeds with as many updates as take the time that RAPM takes with its rollout."""
+    """The paper's Figure 5: first the rates of each method; then, once a method's rates are known, the best one with all seeds
+    and as many updates as take the time that the first method takes with its rollout."""
 
-    def spec(name: str, method: str, rate: float, seed: int, **given: Any) -> Spec:
+    def spec(name: str, rate: float, seed: int, **given: Any) -> Spec:
+        method, own = NEIGHBOURS[name]
         critics = rate if method == "dmd2" else 2 * rate  # what it learns beside the student, as its authors have it
-        settings = [f"student.learning_rate={rate}", f"critics.learning_rate={critics}"]
+        settings = [*own, f"student.learning_rate={rate}", f"critics.learning_rate={critics}"]
         return Spec("neighbours", f"{name}, rate {rate:g}", method, settings, seed, **given)
 
-    specs = [spec(name, method, rate, 0, curve=True) for name, method in NEIGHBOURS.items() for rate in RATES]
+    specs = [spec(name, rate, 0) for rate in RATES for name in NEIGHBOURS]
     known = {line["key"]: line["lines"][-1] if line["lines"] else {"fid": math.inf} for line in lines}  # that failed, if none
-    best: dict[str, float] = {}
-    for name, method in NEIGHBOURS.items():
-        fids = {rate: known.get(spec(name, method, rate, 0).key, {}).get("fid") for rate in RATES}
-        if None not in fids.values():
-            best[name] = min(fids, key=lambda rate: fids[rate])
-            specs += [spec(name, method, best[name], seed, curve=True) for seed in SEEDS[1:]]
-    for name, method in NEIGHBOURS.items():
-        if name != "RAPM" and {name, "RAPM"} <= best.keys():
-            whole, its_own = (known[spec(other, NEIGHBOURS[other], best[other], 0).key] for other in ("RAPM", name))
-            seconds = whole["seconds"] + whole["rollout"] - its_own["rollout"]
-            updates = round(UPDATES * seconds / its_own["seconds"])
-            same = [spec(name, method, best[name], seed, updates=updates) for seed in SEEDS]
-            specs += [replace(each, table="equal time") for each in same]
+    best: dict[str, Spec] = {}
+    for name in NEIGHBOURS:
+        tried = [spec(name, rate, 0) for rate in RATES]
+        if all(each.key in known for each in tried):
+            best[name] = min(tried, key=lambda each: known[each.key]["fid"])
+    first = next(iter(NEIGHBOURS))
+    for seed in SEEDS:
+        for name, chosen in best.items():
+            if first in best:
+                whole, own = known[best[first].key], known[chosen.key]
+                seconds = whole["seconds"] + whole["rollout"] - own["rollout"]
+                updates = UPDATES if name == first else round(UPDATES * seconds / own["seconds"])
+                specs.append(replace(chosen, table="equal time", seed=seed, updates=updates, curve=True))
     return specs
-
-
-ABSOLUTE = ["training.relative_weight=0"]  # the better half of the method here, and what the sweeps below start from
 
 
 def sweeps() -> list[Spec]:

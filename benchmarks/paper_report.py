@@ -51,15 +51,14 @@ def table(runs: Runs, name: str) -> str:
 
 
 def figure(runs: Runs) -> None:
-    """FID at each quarter of the neighbours' runs, over updates and over seconds; the best rate of each, all its seeds."""
+    """FID at each quarter of the runs of equal time, over updates and over seconds, all seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    most = {name: own for name, own in groups(runs, "neighbours").items() if len(own) > 1}  # the rates that were chosen
-    for colour, (name, own) in enumerate(most.items()):
+    for colour, (name, own) in enumerate(groups(runs, "equal time").items()):
         for run in own:
             lines = run["lines"]
             given: dict[str, Any] = {"color": f"C{colour}", "marker": "o", "markersize": 3, "linewidth": 1}
@@ -81,7 +80,7 @@ def main() -> None:
             print(f"{RESULTS} has no place for table '{name}' yet")
             continue
         replace_between(RESULTS, f"<!-- table: benchmarks/paper_report.py {name} -->", table(runs, name))
-    if any(len(own) > 1 for own in groups(runs, "neighbours").values()):
+    if groups(runs, "equal time"):
         figure(runs)
 
 
