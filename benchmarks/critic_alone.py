@@ -32,7 +32,7 @@ def pairs(players: Players, store: TrajectoryStore) -> Iterator[Pair]:
     slots = list(range(players.grid.slots))[::-1]
     for k in range(len(store)):
         batch = batch_of([store[k]], players.backbone.device)
-        at = players.positions(slots, batch.coarse[:, players.grid.slots], batch)
+        at = players.positions(slots, batch.coarse[:, -1], batch)
         with players.backbone.role(STUDENT):
             fake = student_step(players.backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
         yield at.absolute, fake, at.conditioning

@@ -67,6 +67,8 @@ PCM = {
 COMPARED = {"no checkpointing": "PCM, no checkpointing"}
 # The embedded teacher, for which Python's share is largest: the demo's preset, and the paper's positions.
 TOY = {"the demo's": [], "stored positions, both terms": ["training.positions=stored", "training.relative_weight=1"]}
+# Full-size networks are measured in the paper's form.
+PAPER = [*TOY["stored positions, both terms"], "trajectories.fine_steps=25"]
 
 
 def cases(on_gpu: bool) -> Iterator[dict[str, Any]]:
@@ -80,7 +82,7 @@ def config_of(case: Mapping[str, Any]) -> Config:
     if case["model"] == "toy":
         return configuration.load(teacher="toy", settings=case["settings"])
     given = ["precision=bfloat16", f"trajectories.size={case['size']}x{case['size']}", "trajectories.batch_size=1"]
-    return configuration.load(teacher=f"random:{case['model']}", settings=[*given, *case["settings"]])
+    return configuration.load(teacher=f"random:{case['model']}", settings=[*given, *PAPER, *case["settings"]])
 
 
 # ------------------------------------------------------------------------------------------------------------------- one case
@@ -347,8 +349,8 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) ->
     both = sum(taken.values())
     cells = [row["name"], f"{taken['critics']:.3g}", f"{taken['student']:.3g}", "", "", "", f"{memory:.2f}", "", "", ""]
     if "floor" in row:
-        settings = config_of(row).trajectories
-        a_trajectory = settings.slots * settings.fine_steps * row["teacher_pass"] / row["rows"]
+        config = config_of(row)
+        a_trajectory = config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
         cells[3:6] = [
             *(f"{both / sum(row[key].values()) - 1:+.0%}" for key in ("floor", "floor_with_lora")),
             f"{3600 / a_trajectory:,.0f}",

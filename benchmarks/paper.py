@@ -441,7 +441,7 @@ def rollout_of_one(config: Config, teacher: Teacher) -> float:
     settings, device = config.trajectories, config.torch_device
     rows, stub = min(settings.batch_size, settings.count), Stub(config, teacher, device)
     taken = duration(teacher_pass(config, load_backbone(teacher, config, device), stub, rows), device, 3)
-    return taken * settings.slots * settings.fine_steps / rows
+    return taken * config.rolled_slots * settings.fine_steps / rows
 
 
 def score_run(spec: Spec, run: Run, many: protocol.Measured, rollout: float, stored: int) -> list[dict[str, Any]]:
@@ -491,7 +491,10 @@ def store_run(out: Path, config: Config) -> Run:
     slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
     own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})
     name = f"{slots}x{fine // slots}-{delta}-{settings.count}"
-    return Run(out / "stores" / name, config.model_copy(update={"trajectories": own}))
+    training = config.training.model_copy(
+        update={"positions": "stored"}
+    )  # whole trajectories; who follows takes their beginning
+    return Run(out / "stores" / name, config.model_copy(update={"trajectories": own, "training": training}))
 
 
 def execute(spec: Spec, out: Path) -> dict[str, Any]:

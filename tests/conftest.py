@@ -161,7 +161,7 @@ def tiny_prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_teacher: Path, tiny_prompts: Path) -> Config:
-    """A whole run in seconds: 6 trajectories, N = 3, M = 4, 10 iterations."""
+    """A whole run in seconds, in the paper's form: 6 trajectories, N = 3, M = 4, 10 iterations."""
     return parse(
         {
             "teacher": str(tiny_teacher),
@@ -177,7 +177,14 @@ def tiny_config(tiny_teacher: Path, tiny_prompts: Path) -> Config:
             },
             "student": {"rank": 4, "learning_rate": 1e-3, "ema": 0.9},
             "critics": {"rank": 2, "head_width": 8},
-            "training": {"iterations": 10, "checkpoint_every": 4, "keep_checkpoints": 9, "gradient_checkpointing": False},
+            "training": {
+                "iterations": 10,
+                "positions": "stored",
+                "relative_weight": 1,
+                "checkpoint_every": 4,
+                "keep_checkpoints": 9,
+                "gradient_checkpointing": False,
+            },
         },
         "tests",
     )

@@ -74,7 +74,7 @@ def make_players(
         {
             "trajectories": {"slots": GRID.slots, "fine_steps": GRID.fine_steps},
             "critics": {"adversarial_weight": 0.3, "loss": loss},
-            "training": {"slot_batch": slot_batch, **weights},
+            "training": {"slot_batch": slot_batch, "positions": "stored", "relative_weight": 1, **weights},
         }
     )
     body = backbone(checkpointing, kind, dtype)
@@ -218,7 +218,9 @@ def test_student_gradients_equal_those_of_separate_copies(
     untouched._role = TEACHER
     teacher = guided(untouched, players.unconditional, players.config.trajectories.guidance_scale)
     batch, renoising = stored_batch(kind=kind), draws()
-    losses = student_turn(players, batch, renoising)
+    rolled = players.config.rolled_slots  # what a store would hold
+    held = Batch(batch.coarse[:, -rolled - 1 :], batch.nudged[:, -rolled:], batch.conditioning)
+    losses = student_turn(players, held, renoising)
 
     copies = single_copies(players, kind)
     expected = dict.fromkeys(losses, 0.0)

@@ -88,11 +88,12 @@ def test_flops_are_those_of_real_turns(
     assert plan.hours(100, "training") == pytest.approx(plan.flops["training"] / (100e12 * SHARE_OF_PEAK * 3600))
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize(("kind", "source"), [*((kind, "stored") for kind in SMALL), ("sd15", "followed")])
 def test_disk_and_turns_are_those_of_the_run(
-    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str
+    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
 ) -> None:
-    config = changed(tiny_config, critics={"start": 0.4}, training={"keep_checkpoints": 2}, student={"rank": 64})
+    training = {"keep_checkpoints": 2, "positions": source}
+    config = changed(tiny_config, critics={"start": 0.4}, training=training, student={"rank": 64})
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     plan = make_plan(config, teacher_of(config))
     run = Run.open(tmp_path / "run", config)
@@ -113,7 +114,7 @@ def test_disk_and_turns_are_those_of_the_run(
         for record in run.read_metrics()
     ]
     assert {name: kinds.count(name) for name in ("distances", "student", "critics")} == turn_counts(config)
-    assert plan.calls["trajectories"] == 6 * 3 * 4 * 2
+    assert plan.calls["trajectories"] == 6 * (1 if source == "followed" else 3) * 4 * 2
     learned = plan.memory["training"]
     _, state = run.load_checkpoint()
 

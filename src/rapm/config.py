@@ -43,7 +43,7 @@ class Trajectories(Section):
     """Number of trajectories; prompts are taken in order, over again when there are fewer."""
     slots: Annotated[int, Field(ge=1, le=16)] = 4
     """N, the student's number of steps."""
-    fine_steps: Positive = 25
+    fine_steps: Positive = 5
     """M, teacher steps in a slot."""
     delta: Positive = 1
     """Fine steps from a coarse position down to the nudged one."""
@@ -117,17 +117,18 @@ class Critics(Section):
 class Training(Section):
     """The loop."""
 
-    iterations: Positive = 20_000
+    iterations: Positive = 5_000
     """Turns of both kinds."""
     batch_size: Positive = 1
     """Trajectories in a turn."""
     slot_batch: Positive = 1
     """Slots handled in one pass: 1 needs least memory, N is fastest where the GPU (or CPU) is not full."""
-    positions: Literal["stored", "followed"] = "stored"
+    positions: Literal["stored", "followed"] = "followed"
     """Where relative and absolute positions come from. stored: from the stored trajectories, as in the paper. followed: from
-    where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory."""
-    relative_weight: Weight | list[Weight] = 1.0
-    """Of the relative loss; a number, or one for each slot n = 0 ... N - 1."""
+    where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory, and
+    beforehand only the first slot is rolled out."""
+    relative_weight: Weight | list[Weight] = 0.0
+    """Of the relative loss; a number, or one for each slot n = 0 ... N - 1. The paper's is 1, see docs/results.md."""
     absolute_weight: Weight | list[Weight] = 1.0
     """w_n, of the absolute loss; a number, or one for each slot n = 0 ... N - 1."""
     distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
@@ -208,6 +209,12 @@ class Config(Section):
         """The weight of each slot n = 0 ... N - 1."""
         weights = getattr(self.training, f"{kind}_weight")
         return weights if isinstance(weights, list) else [weights] * self.trajectories.slots
+
+    @property
+    def rolled_slots(self) -> int:
+        """Slots that the teacher is rolled out over beforehand: all, or where positions are followed the first, in which the
+        student starts from the noise as the teacher does. In the others the teacher walks on from where the student stands."""
+        return 1 if self.training.positions == "followed" else self.trajectories.slots
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -69,6 +69,29 @@ def slot_groups(num_slots: int, slot_batch: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
+def starts(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    grid: Grid,
+    slots: Sequence[int],
+    known: Sequence[Tensor],
+    conditioning: Conditioning,
+) -> Tensor:
+    """z_{n+1}, where the student stands at the head of each slot of a group, [k B, C, H, W].
+
+    Args:
+        denoiser: the student.
+        slots: k neighbouring slots, from high to low.
+        known: of the first slots of the group, at least of one, [B, C, H, W] each.
+        conditioning: of the B prompts.
+    """
+    found = list(known)
+    for n in slots[len(found) - 1 : -1]:
+        found.append(student_step(denoiser, schedule, grid, [n], found[-1], conditioning))
+    return torch.cat(found)
+
+
+@torch.no_grad()
 def positions(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -93,7 +116,7 @@ def positions(
         relative: without it the frozen student's pass is saved and ``Positions.relative`` holds the nudged positions.
     """
     batch, repeated = len(z), repeat(conditioning, len(slots))
-    starts, target = [z], torch.cat([nudged[:, n] for n in slots])
+    known, target = [z], torch.cat([nudged[:, n] for n in slots])
     t, s = _per_row([grid.nudged(n) for n in slots], batch), _per_row([grid.coarse(n) for n in slots], batch)
     if relative:
         # With delta = M in slot 0 the nudged position is the end itself: no timestep is left to ask the network for, and none
@@ -108,10 +131,9 @@ def positions(
         moved = schedule.step(both, denoiser(both, at, prompts), at, to)
         target = torch.where((t == s)[:, None, None, None].to(z.device), target, moved[first:])
         if first:
-            starts.append(moved[:first])
-    for n in slots[len(starts) - 1 : -1]:
-        starts.append(student_step(denoiser, schedule, grid, [n], starts[-1], conditioning))
-    return Positions(slots, torch.cat(starts), target, torch.cat([coarse[:, n] for n in slots]), repeated)
+            known.append(moved[:first])
+    start = starts(denoiser, schedule, grid, slots, known, conditioning)
+    return Positions(slots, start, target, torch.cat([coarse[:, n] for n in slots]), repeated)
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ class Stub:
 
     def __init__(self, config: Config, teacher: Teacher, device: str) -> None:
         shapes = [teacher.latent_shape(size) for size in config.trajectories.sizes()]
-        shape, slots = max(shapes, key=lambda s: s[1] * s[2]), config.trajectories.slots
+        shape, slots = max(shapes, key=lambda s: s[1] * s[2]), config.rolled_slots
         generator = torch.Generator().manual_seed(0)  # so that losses can be compared between settings
 
         def drawn(*shape: int) -> Tensor:
@@ -184,7 +184,7 @@ def turns(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
     """The three kinds of turn a run can take: the student's on distances alone, the student's with critics, the critics'."""
     batch = batch_of([stub.trajectory] * players.config.training.batch_size, players.backbone.device)
     generator = torch.Generator().manual_seed(0)
-    shown = {role: players.renoising(batch.coarse[:, 0].shape, generator) for role in players.critics}
+    shown = {role: players.renoising(batch.coarse[:, -1].shape, generator) for role in players.critics}
     kinds: dict[str, Callable[[], object]] = {"distances": lambda: student_turn(players, batch, {})}
     if shown:
         kinds |= {
@@ -228,7 +228,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
             peak = max(peak, at_most)
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
-    fine = settings.slots * settings.fine_steps
+    fine = config.rolled_slots * settings.fine_steps
     return Plan(
         disk=_disk(config, teacher, adapters + state + student),
         memory={
@@ -258,7 +258,7 @@ def _disk(config: Config, teacher: Teacher, checkpoint: int) -> dict[str, int]:
     """Bytes of everything that is kept, without the headers of files."""
     settings = config.trajectories
     shapes = [teacher.latent_shape(size) for size in settings.sizes()]
-    positions = (2 * settings.slots + 1) * sum(torch.Size(shape).numel() for shape in shapes) / len(shapes)
+    positions = (2 * config.rolled_slots + 1) * sum(torch.Size(shape).numel() for shape in shapes) / len(shapes)
     of_prompt = sum(torch.Size(shape).numel() for shape in teacher.family.conditioning(teacher.config).values())
     return {
         "positions": int(4 * positions * settings.count),
@@ -407,7 +407,7 @@ def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], 
     if measured:
         counts, settings = turn_counts(config), config.trajectories
         rows = min(settings.batch_size, settings.count)
-        rolling = measured.teacher_pass * settings.slots * settings.fine_steps * settings.count / rows
+        rolling = measured.teacher_pass * config.rolled_slots * settings.fine_steps * settings.count / rows
         training = sum(counts[name] * seconds for name, seconds in measured.turns.items())
         lines += [f"  {'measured here':36} {rolling / 3600:12.2f} {training / 3600:10.2f}"]
         lines += [f"Measured here, {config.torch_device}, {torch.get_num_threads()} CPU threads, random weights"]

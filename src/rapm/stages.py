@@ -85,6 +85,7 @@ def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
     return {
         "teacher": teacher.fingerprint,
         "grid": [settings.slots, settings.fine_steps, settings.delta],
+        "rolled_slots": config.rolled_slots,
         "guidance_scale": settings.guidance_scale,
         "negative_prompt": settings.negative_prompt,
         "size": settings.size,
@@ -162,6 +163,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
             guided(backbone, unconditional, settings.guidance_scale),
             teacher.schedule,
             config.grid(),
+            slots=config.rolled_slots,
             prompts=prompts,
             conditioning=conditioning,
             unconditional=unconditional,

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,7 @@ from rapm.objective import (
     shown_to_critic,
     slot_groups,
     squared,
+    starts,
     student_step,
 )
 from rapm.progress import track
@@ -48,7 +49,7 @@ from rapm.trajectories import Trajectory, TrajectoryStore, guided
 
 @dataclass(frozen=True)
 class Batch:
-    """B stored trajectories: coarse [B, N + 1, C, H, W], nudged [B, N, C, H, W], conditioning [B, ...]."""
+    """B stored trajectories over k slots: coarse [B, k + 1, C, H, W], nudged [B, k, C, H, W], conditioning [B, ...]."""
 
     coarse: Tensor
     nudged: Tensor
@@ -149,25 +150,27 @@ class Players:
     def positions(self, slots: list[int], z: Tensor, batch: Batch) -> Positions:
         """Where the student starts in each slot of a group, and what it is compared with there. Called outside of any role."""
         backbone, schedule, grid = self.backbone, self.schedule, self.grid
-        relative, stored = any(self.config.slot_weights("relative")), self.config.training.positions == "stored"
+        relative = any(self.config.slot_weights("relative"))
+        if self.config.training.positions == "stored":
+            with backbone.role(STUDENT):
+                given = batch.coarse, batch.nudged, batch.conditioning
+                return positions(backbone, schedule, grid, slots, z, *given, relative=relative)
         with backbone.role(STUDENT):
-            given = batch.coarse, batch.nudged, batch.conditioning
-            at = positions(backbone, schedule, grid, slots, z, *given, relative=relative and stored)
-        if stored:
-            return at
+            start = starts(backbone, schedule, grid, slots, [z], batch.conditioning)
+        conditioning = repeat(batch.conditioning, len(slots))
         # In the first slot the student stands where the stored trajectory begins: the teacher has been there already.
         done = len(z) if slots[0] == grid.slots - 1 else 0
-        nudged, absolute, later = at.relative[:done], at.absolute[:done], slots[done // len(z) :]
+        nudged, absolute, later = batch.nudged[:done, -1], batch.coarse[:done, -2], slots[done // len(z) :]
         if later:
-            own = {name: value[done:] for name, value in at.conditioning.items()}
+            own = {name: value[done:] for name, value in conditioning.items()}
             teacher = guided(backbone, self.unconditional, self.config.trajectories.guidance_scale)
             with backbone.role(TEACHER):
-                walked = follow(teacher, schedule, grid, later, at.start[done:], own)
+                walked = follow(teacher, schedule, grid, later, start[done:], own)
             nudged, absolute = torch.cat([nudged, walked[0]]), torch.cat([absolute, walked[1]])
         if relative:
             with backbone.role(STUDENT):
-                nudged = from_nudged(backbone, schedule, grid, slots, nudged, at.conditioning)
-        return replace(at, relative=nudged, absolute=absolute)
+                nudged = from_nudged(backbone, schedule, grid, slots, nudged, conditioning)
+        return Positions(slots, start, nudged, absolute, conditioning)
 
     def shown(self, slots: Sequence[int], z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Positions of a group of slots as a critic gets to see them."""
@@ -199,7 +202,7 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
     """
     backbone, device = players.backbone, players.backbone.device
     sums: dict[str, float] = {}
-    z = batch.coarse[:, players.grid.slots]
+    z = batch.coarse[:, -1]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
         at = players.positions(slots, z, batch)
         with backbone.role(STUDENT):
@@ -241,7 +244,7 @@ def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisin
     """Accumulates both critics' gradients over the slots. Returns losses and margins to log."""
     backbone, device = players.backbone, players.backbone.device
     sums: dict[str, float] = {}
-    z = batch.coarse[:, players.grid.slots]
+    z = batch.coarse[:, -1]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
         at = players.positions(slots, z, batch)
         with backbone.role(STUDENT), torch.no_grad():
@@ -324,7 +327,7 @@ def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, sch
     critics: dict[str, Learner] = {}
     if roles:
         batch = draw_batch(store, 1, seed, 0, backbone.device)
-        probe = batch.coarse[:, 0], torch.zeros(1, dtype=torch.long), batch.conditioning
+        probe = batch.coarse[:, -1], torch.zeros(1, dtype=torch.long), batch.conditioning
         with backbone.role(TEACHER), torch.no_grad():
             maps, reached = backbone.features(*probe), backbone.reached(*probe)
         endings = tuple(f".{target}" for target in config.critics.targets or targets)
@@ -349,7 +352,7 @@ def rehearse(players: Players, store: TrajectoryStore) -> None:
     among = min(store.manifest["sizes"] ** 2, len(store))  # however few the prompts are, all sizes are among these
     largest = max((store[k] for k in range(among)), key=lambda row: row.coarse.numel())
     batch = batch_of([largest] * players.config.training.batch_size, players.backbone.device)
-    renoising = {role: players.renoising(batch.coarse[:, 0].shape, _generator(0, role)) for role in players.critics}
+    renoising = {role: players.renoising(batch.coarse[:, -1].shape, _generator(0, role)) for role in players.critics}
     if players.critics:
         critic_turn(players, batch, renoising)
     student_turn(players, batch, renoising)
@@ -398,7 +401,7 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             batch = draw_batch(store, training.batch_size, training.seed, iteration, backbone.device)
             critics = players.critics if critics_play(config, iteration) else {}
             renoising = {
-                role: players.renoising(batch.coarse[:, 0].shape, _generator(training.seed, role, iteration))
+                role: players.renoising(batch.coarse[:, -1].shape, _generator(training.seed, role, iteration))
                 for role in critics
             }
             factor = rate_factor(config, iteration)

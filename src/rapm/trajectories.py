@@ -41,29 +41,30 @@ def guided(denoiser: Denoiser, unconditional: Conditioning, guidance_scale: floa
 
 
 @torch.no_grad()
-def rollout(denoiser: Denoiser, schedule: Schedule, grid: Grid, z: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-    """The teacher's trajectory from noise to the end, N M fine DDIM steps.
+def rollout(
+    denoiser: Denoiser, schedule: Schedule, grid: Grid, z: Tensor, conditioning: Conditioning, slots: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The teacher's trajectory from noise on, M fine DDIM steps a slot.
 
     Args:
         denoiser: the teacher, guided.
         z: noise z~_N, float32 [B, C, H, W].
         conditioning: of the B prompts.
+        slots: the first k of the N; None is all.
 
     Returns:
-        coarse positions z~_n, float32 [B, N + 1, C, H, W], indexed by n, and nudged positions, float32 [B, N, C, H, W], indexed
-        by the slot they start.
+        coarse positions, float32 [B, k + 1, C, H, W], the noise last, and nudged positions, float32 [B, k, C, H, W], the first
+        slot's last. With k = N they are z~_n at [:, n] and what starts slot n at [:, n]; with less, count from the end.
     """
-    fine = grid.fine
-    coarse: list[Tensor] = [z] * (grid.slots + 1)
-    nudged: list[Tensor] = [z] * grid.slots
-    for k, (t, s) in enumerate(pairwise(fine), start=1):
+    coarse, nudged = [z], []
+    for k, (t, s) in enumerate(pairwise(grid.fine[: (slots or grid.slots) * grid.fine_steps + 1])):
         z = schedule.step(z, denoiser(z, torch.full((len(z),), t), conditioning), t, s)
-        slots_done, within = divmod(k, grid.fine_steps)
-        if within == 0:
-            coarse[grid.slots - slots_done] = z
-        if (k - grid.delta) % grid.fine_steps == 0 and k >= grid.delta:
-            nudged[grid.slots - 1 - (k - grid.delta) // grid.fine_steps] = z
-    return torch.stack(coarse, 1), torch.stack(nudged, 1)
+        within = k % grid.fine_steps + 1
+        if within == grid.delta:
+            nudged.append(z)
+        if within == grid.fine_steps:
+            coarse.append(z)
+    return torch.stack(coarse[::-1], 1), torch.stack(nudged[::-1], 1)
 
 
 def picture_noise(seed: int, shape: Sequence[int]) -> Tensor:
@@ -94,8 +95,7 @@ class Trajectory:
     """One stored trajectory; positions float32 on the CPU.
 
     Attributes:
-        coarse: z~_n, [N + 1, C, H, W], indexed by n.
-        nudged: [N, C, H, W], indexed by the slot they start.
+        coarse, nudged: as :func:`rollout` returns them, [k + 1, C, H, W] and [k, C, H, W].
         conditioning: of its prompt, without a batch axis.
         prompt: its text.
         seed, index: its noise is ``noise(seed, index)``.
@@ -240,6 +240,7 @@ def make_store(
     schedule: Schedule,
     grid: Grid,
     *,
+    slots: int,
     prompts: Sequence[Prompt],
     conditioning: Conditioning,
     unconditional: Conditioning,
@@ -256,6 +257,7 @@ def make_store(
     Args:
         folder: the store's; made when it is not there.
         denoiser: the teacher, guided.
+        slots: how many of the grid's are rolled out, from the noise on.
         prompts: trajectory k has prompt k modulo their number, and the noise that :func:`noise_of` says.
         conditioning: of the prompts, [n, ...].
         unconditional: what the teacher was guided away from, [1, ...]; kept for training.
@@ -283,7 +285,7 @@ def make_store(
                     z = torch.stack([noise(*noise_of(k, prompts, seed), shape) for k in batch]).to(device)
                     of_prompt = {name: value[[k % len(prompts) for k in batch]] for name, value in conditioning.items()}
                     repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in of_size.items()}
-                    coarse, nudged = rollout(denoiser, schedule, grid, z, of_prompt | repeated)
+                    coarse, nudged = rollout(denoiser, schedule, grid, z, of_prompt | repeated, slots)
                     if not coarse.isfinite().all():
                         raise UserError(
                             f"trajectories {batch[0]} to {batch[-1]} are not finite; nothing of them was stored: the teacher's "
