@@ -197,12 +197,18 @@ def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None
     assert len(make_trajectories(run)) == 6
 
 
-def test_a_foreign_store_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [("trajectories", "guidance_scale", 2.0, "guidance_scale"), ("training", "positions", "followed", "training.positions")],
+)
+def test_a_foreign_store_is_refused(
+    tiny_config: Config, tmp_path: Path, section: str, key: str, value: object, named: str
+) -> None:
     folder = make_trajectories(Run.open(tmp_path / "run", tiny_config)).folder
-    other = tiny_config.model_copy(update={"trajectories": tiny_config.trajectories.model_copy(update={"guidance_scale": 2.0})})
+    other = tiny_config.model_copy(update={section: getattr(tiny_config, section).model_copy(update={key: value})})
     run = Run.open(tmp_path / "other", other)
     folder.rename(run.trajectories)
-    with pytest.raises(UserError, match="made with another guidance_scale"):
+    with pytest.raises(UserError, match=f"made with another {named};"):
         make_trajectories(run)
     (run.trajectories / "manifest.json").unlink()
     with pytest.raises(UserError, match="made with other settings"):

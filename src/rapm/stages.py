@@ -85,7 +85,7 @@ def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
     return {
         "teacher": teacher.fingerprint,
         "grid": [settings.slots, settings.fine_steps, settings.delta],
-        "rolled_slots": config.rolled_slots,
+        "training.positions": config.training.positions,  # says which slots are rolled out
         "guidance_scale": settings.guidance_scale,
         "negative_prompt": settings.negative_prompt,
         "size": settings.size,
