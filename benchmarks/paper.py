@@ -136,7 +136,7 @@ def ablation() -> list[Spec]:
 
 RATES = (2e-4, 7e-4, 2e-3)
 FEW_FINE = ["trajectories.fine_steps=3"]  # a third of the rollout of M = 10
-ABSOLUTE = ["training.relative_weight=0"]  # the better half of the method here, and what the sweeps below start from
+ABSOLUTE = ["training.relative_weight=0"]
 NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "RAPM, followed, absolute only": ("rapm", [*FOLLOWED, *ABSOLUTE]),
     "RAPM": ("rapm", FEW_FINE),
@@ -144,12 +144,13 @@ NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "LCM": ("lcm", []),
     "regression": ("regression", FEW_FINE),
     "distribution matching": ("dmd2", []),
+    "RAPM, followed, absolute only, no critics": ("rapm", [*FOLLOWED, *ABSOLUTE, *NO_CRITICS]),
 }
 
 
 def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
     """The paper's Figure 5: first the rates of each method; then, once a method's rates are known, the best one with all seeds
-    and as many updates as take the time that the first method takes with its rollout."""
+    and as many updates as take the time that the first method takes with its rollout. A curve of one seed: scores take time."""
 
     def spec(name: str, rate: float, seed: int, **given: Any) -> Spec:
         method, own = NEIGHBOURS[name]
@@ -171,40 +172,18 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
                 whole, own = known[best[first].key], known[chosen.key]
                 seconds = whole["seconds"] + whole["rollout"] - own["rollout"]
                 updates = UPDATES if name == first else round(UPDATES * seconds / own["seconds"])
-                specs.append(replace(chosen, table="equal time", seed=seed, updates=updates, curve=True))
+                specs.append(replace(chosen, table="equal time", seed=seed, updates=updates, curve=seed == 0))
     return specs
 
 
 def sweeps() -> list[Spec]:
-    """Settings, one at a time; seeds are told apart in the ablation."""
+    """Settings, one at a time, of what wins above: followed positions, the absolute term alone, critics. Where that itself
+    belongs into a table, it is the first line of "equal time". Seeds are told apart there and in the ablation."""
 
     def spec(table: str, name: str, settings: Sequence[str], **given: Any) -> Spec:
-        return Spec(table, name, settings=settings, **given)
+        return Spec(table, name, settings=[*FOLLOWED, *ABSOLUTE, *settings], **given)
 
-    specs = [spec("weights", f"both terms, w_n = {w:g}", [f"training.absolute_weight={w}"]) for w in (0.1, 0.5, 1, 2)]
-    specs += [spec("weights", f"relative weight {w:g}, w_n = 1", [f"training.relative_weight={w}"]) for w in (0.1, 0.3)]
-    by_slot = {"absolute only, w_n = 1": "1", "w_0 = 4": "[4,1,1,1]", "w_3 = 4": "[1,1,1,4]"}
-    specs += [spec("weights", name, [*ABSOLUTE, f"training.absolute_weight={w}"]) for name, w in by_slot.items()]
-    specs += [
-        spec("weights", f"absolute only, adversarial weight {w:g}", [*ABSOLUTE, f"critics.adversarial_weight={w}"])
-        for w in (0.1, 0.2, 0.8)
-    ]
-    specs += [spec("weights", f"both terms, delta {d}", [f"trajectories.delta={d}"]) for d in (2, 5)]
-    for n in (1, 2, 4, 8):
-        settings = [*ABSOLUTE, f"trajectories.slots={n}", f"trajectories.fine_steps={40 // n}"]
-        sampled = (1, 2, 4, 8) if n == 4 else (n,)
-        specs.append(spec("steps", f"trained for {n}", settings, steps=sampled))
-    for fine in (5, 10, 25, 50):
-        for count in (16, 64, 256, 1000) if fine <= 10 else (16, 64, 256):
-            settings = [*ABSOLUTE, f"trajectories.fine_steps={fine}"]
-            if fine > 10:  # a rollout of 1,000 would take an hour and more
-                settings.append("trajectories.count=256")
-            specs.append(spec("trajectories", f"{count} of M = {fine}", settings, first=count))
-    specs += [spec("rank", f"student {r}", [*ABSOLUTE, f"student.rank={r}"]) for r in (1, 4, 16, 64)]
-    specs += [spec("rank", f"critic {r}", [*ABSOLUTE, f"critics.rank={r}"]) for r in (1, 8)]
-    specs.append(spec("rank", "critic of heads only", ABSOLUTE, method="rapm-heads-only"))
     forms = {
-        "as it is: relativistic, one noise, near the position": [],
         "noise of its own for each": ["critics.noise=independent"],
         "at any noise of the slot": ["critics.noise_power=1"],
         "hinge": ["critics.loss=hinge"],
@@ -214,12 +193,29 @@ def sweeps() -> list[Spec]:
         "from the beginning": ["critics.start=0"],
         "from three quarters on": ["critics.start=0.75"],
     }  # fmt: skip
-    specs += [spec("critic", name, [*ABSOLUTE, *own]) for name, own in forms.items()]
-    specs += [
-        spec("critic", f"no critics, {updates} updates", [*ABSOLUTE, *NO_CRITICS], updates=updates, seed=seed)
-        for updates in (600, 960)  # as many, and about as long, as with a critic
-        for seed in SEEDS
-    ]
+    specs = [spec("critic", name, own) for name, own in forms.items()]
+    specs += [spec("weights", f"adversarial weight {w:g}", [f"critics.adversarial_weight={w}"]) for w in (0.1, 0.2, 0.8)]
+    both = "training.relative_weight=1"
+    specs += [spec("weights", f"both terms, w_n = {w:g}", [both, f"training.absolute_weight={w}"]) for w in (0.1, 0.5, 1, 2)]
+    by_slot = {"w_0 = 4": "[4,1,1,1]", "w_3 = 4": "[1,1,1,4]"}
+    specs += [spec("weights", name, [f"training.absolute_weight={w}"]) for name, w in by_slot.items()]
+    specs += [spec("rank", f"student {r}", [f"student.rank={r}"]) for r in (1, 4, 64)]
+    specs += [spec("rank", "critic 1", ["critics.rank=1"]), spec("rank", "critic of heads only", [], method="rapm-heads-only")]
+    for n, m in ((1, 12), (2, 6), (4, 3), (8, 2)):
+        settings = [f"trajectories.slots={n}", f"trajectories.fine_steps={m}"]
+        specs.append(spec("steps", f"trained for {n} (M = {m})", settings, steps=(1, 2, 4, 8) if n == 4 else (n,)))
+    specs += [spec("trajectories", f"followed, {count} of M = 3", [], first=count) for count in (16, 64, 256)]
+    specs += [spec("trajectories", f"followed, 1000 of M = {m}", [f"trajectories.fine_steps={m}"]) for m in (1, 5, 10)]
+    stored = "training.positions=stored"
+    for fine in (5, 10, 25, 50):
+        for count in (16, 64, 256, 1000) if fine <= 10 else (16, 64, 256):
+            settings = [stored, f"trajectories.fine_steps={fine}"]
+            if fine > 10:  # a rollout of 1,000 would take an hour and more
+                settings.append("trajectories.count=256")
+            specs.append(spec("trajectories", f"stored, {count} of M = {fine}", settings, first=count))
+    for delta in (2, 5):
+        settings = [stored, both, "trajectories.fine_steps=10", f"trajectories.delta={delta}"]
+        specs.append(spec("weights", f"both terms, stored positions of M = 10, delta {delta}", settings))
     return specs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -141,6 +142,30 @@ def test_a_fresh_role_changes_nothing_and_a_trained_one_does() -> None:
             assert torch.equal(body(z, t, conditioning), teacher)
             shake(body.parameters(STUDENT), 1)
             assert (body(z, t, conditioning) - teacher).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_lora_keeps_no_float32_copy_of_what_it_sees(kind: str) -> None:
+    """Beside a bfloat16 network; what each of its layers saw is kept once, in bfloat16, by query, key and value alike."""
+    z, t, conditioning = inputs(kind=kind)
+    body = backbone(kind=kind, dtype=torch.bfloat16)
+    body.add_role(STUDENT, 3, UNET_LORA_TARGETS, 0)
+    kept: dict[str, dict[int, Tensor]] = {}
+
+    def passes(name: str) -> None:
+        own = kept.setdefault(name, {})
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: own.setdefault(x.data_ptr(), x), lambda x: x):
+            body(z, t, conditioning).sum()
+
+    with body.role(STUDENT):
+        passes("ours")
+        for layer in body._layers:
+            layer.forward = functools.partial(type(layer).forward, layer)
+        passes("peft's")
+    whole = {name: sum(x.numel() for x in own.values() if x.dtype == torch.float32) for name, own in kept.items()}
+    held = {name: sum(x.nbytes for x in own.values()) for name, own in kept.items()}
+    assert whole["ours"] < 0.02 * whole["peft's"], whole
+    assert held["ours"] < 0.8 * held["peft's"], held
 
 
 def test_scale_is_one_and_every_target_gets_an_adapter() -> None:

@@ -1,11 +1,12 @@
 """One frozen network, four roles. The only file that touches peft's adapters.
 
 The teacher is the network with no adapter; the student and the two critics are one LoRA adapter each. Nothing is copied.
+peft makes, names and saves the adapters; how a layer applies one is ours, see :func:`_apply`.
 
-Two facts of peft shape this file. ``set_adapter`` walks the whole model and turns ``requires_grad`` of all other adapters off,
-which silently cuts graphs built in another role; so the tuner layers are listed once and their active adapter is set
-directly, and every adapter keeps ``requires_grad``. And a graph with gradient checkpointing recomputes with whatever adapter
-is active during backward; so a graph must be walked inside the role that built it, and roles do not nest.
+Two more facts of peft shape this file. ``set_adapter`` walks the whole model and turns ``requires_grad`` of all other
+adapters off, which silently cuts graphs built in another role; so the tuner layers are listed once and their active adapter
+is set directly, and every adapter keeps ``requires_grad``. And a graph with gradient checkpointing recomputes with whatever
+adapter is active during backward; so a graph must be walked inside the role that built it, and roles do not nest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,25 @@ Call = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 class _LastTapReached(Exception):
     """Leaves the network's forward once nothing that is still to come is needed."""
+
+
+def _apply(layer: Any, x: Tensor) -> Tensor:
+    """What an adapted layer gives in the role that is on: ``W x + b + B A x``.
+
+    peft's own forward brings ``x`` to the adapter's float32 for each layer anew: next to a bfloat16 network this keeps three
+    copies in float32 of what query, key and value share, until the backward pass, and multiplies matrices at a GPU's slowest
+    rate. Here the adapter's weights, which are small, come to the network's dtype instead; their gradients arrive in float32.
+    """
+    role = None if layer._disable_adapters else layer._active_adapter[0]
+    if role not in layer.lora_A:
+        return layer.base_layer(x)
+    a, b = layer.lora_A[role], layer.lora_B[role].weight.to(x.dtype)
+    if isinstance(a, nn.Conv2d):
+        below = nn.functional.conv2d(x, a.weight.to(x.dtype), None, a.stride, a.padding, a.dilation)
+        return layer.base_layer(x).add_(nn.functional.conv2d(below, b))  # in place: backward passes need no layer's output
+    rows = x.flatten(0, -2)
+    out = layer.base_layer(rows).addmm_(rows @ a.weight.to(x.dtype).t(), b.t())
+    return out.unflatten(0, x.shape[:-1])
 
 
 class Backbone:
@@ -100,6 +121,7 @@ class Backbone:
         self.configs[role] = config
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
+            layer.forward = partial(_apply, layer)
             for part in (layer.lora_A, layer.lora_B):
                 if role in part:
                     part[role].to(self.device, torch.float32)  # peft gives it the base's dtype
