@@ -219,10 +219,22 @@ def sweeps() -> list[Spec]:
     return specs
 
 
+def longer() -> list[Spec]:
+    """As long as the demo, with its weights: whether an order holds that was found in a third of the time."""
+    demo = [*FOLLOWED, *ABSOLUTE, "training.absolute_weight=[4,1,1,1]"]
+    own = {
+        "as the demo": ("rapm", demo, 1900),
+        "no critics": ("rapm", [*demo, *NO_CRITICS], 2950),  # about as long
+        "PCM": ("pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], 2200),
+        "4,000 trajectories": ("rapm", [*demo, "trajectories.count=4000"], 1900),
+    }
+    return [Spec("longer", name, method, settings, updates=updates) for name, (method, settings, updates) in own.items()]
+
+
 def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
     named: dict[str, list[Spec]] = {}
-    for spec in [*ablation(), *neighbours(lines), *sweeps()]:
+    for spec in [*ablation(), *neighbours(lines), *longer(), *sweeps()]:
         named.setdefault(spec.table, []).append(spec)
     return named
 
