@@ -57,7 +57,7 @@ def figure(runs: Runs) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    panels, (left, right) = pyplot.subplots(1, 2, figsize=(10, 5), sharey=True, layout="constrained")
     for colour, (name, own) in enumerate(groups(runs, "equal time").items()):
         for run in own:
             lines = run["lines"]
@@ -67,7 +67,9 @@ def figure(runs: Runs) -> None:
             right.plot([x["seconds"] + x["rollout"] for x in lines], [x["fid"] for x in lines], **given, label=label)
     left.set(xlabel="updates of the student", ylabel="FID to the teacher", yscale="log")
     right.set(xlabel="seconds of training and of its rollout")
-    right.legend(fontsize=8)
+    left.set_yticks(ticks := [0.2, 0.5, 1, 2], [str(tick) for tick in ticks])
+    left.minorticks_off()
+    panels.legend(loc="outside lower center", ncols=3, fontsize=8)
     panels.savefig(FIGURE, dpi=110)
 
 
