@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,9 +92,16 @@ class Spec:
     def key(self) -> str:
         return f"{self.table}/{self.name}/{self.seed}"
 
+    @property
+    def uses_store(self) -> bool:
+        """Whether it learns from trajectories rolled out before."""
+        return self.method.startswith("rapm") or self.method == "regression"
+
     def config(self) -> Config:
         """With so many iterations that the student gets its updates."""
         given = [*SHARED, *self.settings, f"training.seed={self.seed}"]
+        if not self.uses_store:
+            given.append("trajectories.count=1")  # for what a store says besides
         config = configuration.load(teacher="toy", settings=given)
 
         def with_iterations(number: int) -> Config:
@@ -220,15 +228,22 @@ def sweeps() -> list[Spec]:
 
 
 def longer() -> list[Spec]:
-    """As long as the demo, with its weights: whether an order holds that was found in a third of the time."""
+    """As long as the demo, with its weights: whether an order holds that was found in a third of the time. As many updates as
+    take the same time by ``--costs`` (PCM: a tenth more)."""
     demo = [*FOLLOWED, *ABSOLUTE, "training.absolute_weight=[4,1,1,1]"]
+    pcm_rates = {rate: [f"student.learning_rate={rate}", f"critics.learning_rate={2 * rate}"] for rate in (2e-3, 7e-4)}
     own = {
         "as the demo": ("rapm", demo, 1900),
-        "no critics": ("rapm", [*demo, *NO_CRITICS], 2950),  # about as long
-        "PCM": ("pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], 2200),
-        "4,000 trajectories": ("rapm", [*demo, "trajectories.count=4000"], 1900),
+        "no critics": ("rapm", [*demo, *NO_CRITICS], 2950),
+        "PCM": ("pcm", pcm_rates[2e-3], 2200),
+        "regression": ("regression", FEW_FINE, 5000),
     }
-    return [Spec("longer", name, method, settings, updates=updates) for name, (method, settings, updates) in own.items()]
+    specs = [Spec("longer", name, method, settings, updates=updates) for name, (method, settings, updates) in own.items()]
+    return [
+        *(replace(spec, seed=seed) for seed in SEEDS for spec in specs),
+        Spec("longer", "PCM, rate 0.0007", "pcm", pcm_rates[7e-4], updates=2200),
+        Spec("longer", "4,000 trajectories", settings=[*demo, "trajectories.count=4000"], updates=1900),
+    ]
 
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
@@ -495,18 +510,24 @@ class View:
 def store_run(out: Path, config: Config) -> Run:
     """Where the trajectories are that a run's are seen in; shared by all runs that can have them."""
     settings, delta = config.trajectories, config.trajectories.delta
+    if config.training.positions == "followed":  # the noise and the first slot alone
+        return Run(out / "stores" / f"{settings.slots}x{settings.fine_steps}-{delta}-{settings.count}-followed", config)
     fine = settings.slots * settings.fine_steps
     slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
     own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})
     name = f"{slots}x{fine // slots}-{delta}-{settings.count}"
-    training = config.training.model_copy(
-        update={"positions": "stored"}
-    )  # whole trajectories; who follows takes their beginning
-    return Run(out / "stores" / name, config.model_copy(update={"trajectories": own, "training": training}))
+    return Run(out / "stores" / name, config.model_copy(update={"trajectories": own}))
 
 
-def execute(spec: Spec, out: Path) -> dict[str, Any]:
-    """Trains and scores one run."""
+def make_stores(out: Path, specs: Sequence[Spec]) -> None:
+    """The trajectories that runs take."""
+    stores = [store_run(out, spec.config()) for spec in specs]
+    for run in {store.folder: store for store in stores}.values():
+        make_trajectories(run)
+
+
+def train_one(spec: Spec, out: Path) -> tuple[Run, TrajectoryStore]:
+    """Trains one run, unless it is trained, on the trajectories that are returned with it."""
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     config = spec.config()
     run = Run.open(out / "runs" / spec.key.replace(" ", "-"), config)
@@ -518,10 +539,38 @@ def execute(spec: Spec, out: Path) -> dict[str, Any]:
         else:
             given = pictures(out, open_studio(Run(out / "stores", config), student=False))
             train_neighbour(spec, run, store, teacher, given)
-    uses_store = spec.method.startswith("rapm") or spec.method == "regression"
-    rollout = rollout_of_one(config, teacher) if uses_store else 0.0
+    return run, store
+
+
+def execute(spec: Spec, out: Path) -> dict[str, Any]:
+    """Trains and scores one run."""
+    run, store = train_one(spec, out)
+    rollout = rollout_of_one(run.config, teacher_of(run.config)) if spec.uses_store else 0.0
     lines = score_run(spec, run, reference(out), rollout, len(store))
-    return {"key": spec.key, **asdict(spec), "iterations": config.training.iterations, "lines": lines}
+    return {"key": spec.key, **asdict(spec), "iterations": run.config.training.iterations, "lines": lines}
+
+
+def costs(out: Path, rounds: int = 3, updates: int = 30) -> dict[str, Any]:
+    """What an update of each method takes, with the rollout of one trajectory where there is one: medians of short runs made by
+    turns in one process, so that none has the machine's better hour."""
+    specs = [spec for spec in neighbours([]) if spec.name.endswith(f"rate {RATES[0]:g}")]
+    make_stores(out, specs)
+    found: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        for name in ("stores", "pictures.safetensors"):
+            if (out / name).exists():
+                (Path(folder) / name).symlink_to((out / name).resolve())
+        for number in range(rounds):
+            for spec in specs:
+                short = replace(spec, seed=number, updates=updates)
+                run, _ = train_one(short, Path(folder))
+                a_trajectory = rollout_of_one(run.config, teacher_of(run.config)) if spec.uses_store else 0.0
+                taken = {"update": seconds_of(run.read_metrics()) / updates, "trajectory": a_trajectory}
+                found.setdefault(spec.name.rpartition(", rate")[0], []).append(taken)
+    return {
+        name: {part: statistics.median(each[part] for each in all_taken) for part in all_taken[0]}
+        for name, all_taken in found.items()
+    }
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -532,8 +581,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def run_all(out: Path, left: Sequence[Spec], jobs: int) -> None:
     """Runs side by side, each in its own process on its own core."""
-    for config in {spec.config().trajectories.model_dump_json(): spec.config() for spec in left}.values():
-        make_trajectories(store_run(out, config))
+    make_stores(out, left)
     reference(out)
     pictures(out, open_studio(Run(out / "stores", left[0].config()), student=False))
     cores: Queue[int] = Queue()
@@ -571,9 +619,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="runs whose key has this in it")
     parser.add_argument("--list", action="store_true", help="say what there is to do")
+    parser.add_argument("--costs", action="store_true", help="time an update of each method, one after the other, and no more")
     parser.add_argument("--key", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.costs:
+        line = {"key": "costs", "table": "costs", "lines": [], "seconds": costs(arguments.out)}
+        with (arguments.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line["seconds"], indent=1))
+        return
     tried: set[str] = set()
     while True:
         done = read(arguments.out)

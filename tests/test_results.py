@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from safetensors import safe_open
 
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.network import STUDENT, TEACHER
+from rapm.export import export_run, exported, kohya_state
+from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.stages import distill_config, evaluate_run, export_run, make_trajectories, open_run, sample_run, train_run
+from rapm.stages import distill_config, evaluate_run, make_trajectories, open_run, sample_run, train_run
+from rapm.teacher import find_teacher
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -51,21 +54,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Ru
     return distilled(tiny_teacher, tmp_path_factory.mktemp("finished"))
 
 
+@pytest.fixture(scope="module")
+def students(finished: Run, tmp_path_factory: pytest.TempPathFactory, small_teachers: dict[str, Path]) -> dict[str, Run]:
+    """One of each kind; sd21's teacher has a LoRA fused in."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in SMALL}
+    lora = make_lora(small_teachers["sd21"], folders["sd21"] / "lora", "kohya")
+    sd21 = distilled(small_teachers["sd21"], folders["sd21"], teacher_loras=[f"{lora}:0.7"])
+    return {"sd15": finished, "sd21": sd21, "sdxl": distilled(small_teachers["sdxl"], folders["sdxl"])}
+
+
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
-    finished: Run, small_teachers: dict[str, Path], tmp_path: Path, kind: str
+    students: dict[str, Run], small_teachers: dict[str, Path], kind: str
 ) -> None:
     """Of a teacher with a LoRA fused in (sd21) too, where its card says that both are to be loaded."""
-    lora = make_lora(small_teachers[kind], tmp_path / "lora", "kohya") if kind == "sd21" else None
-    run = (
-        finished if kind == "sd15" else distilled(small_teachers[kind], tmp_path, teacher_loras=[f"{lora}:0.7"] if lora else [])
-    )
+    run = students[kind]
     studio = open_studio(run)
     own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
     pipeline = DiffusionPipeline.from_pretrained(small_teachers[kind], safety_checker=None)
-    if lora:
-        pipeline.load_lora_weights(str(lora))
-        pipeline.fuse_lora(lora_scale=0.7)
+    for lora in studio.teacher.loras:
+        pipeline.load_lora_weights(str(lora.file))
+        pipeline.fuse_lora(lora_scale=lora.strength)
         pipeline.unload_lora_weights()
     assert ("- `k.safetensors` at strength 0.7\n" in (run.export / "README.md").read_text()) == (kind == "sd21")
     pipeline.scheduler = DDIMScheduler.from_pretrained(run.export, subfolder="scheduler")
@@ -80,6 +89,72 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
     assert (before - own).abs().max() > 1e-2  # the LoRA does something
     images = studio.images(STUDENT, PROMPTS, [3, 4], 4)
     torch.testing.assert_close(draw("pt") * 2 - 1, images, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "architecture"),
+    [
+        ("sd15", "sd_v1", "stable-diffusion-v1"),
+        ("sd21", "sd_v2_v", "stable-diffusion-v2-768-v"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    ],
+)
+def test_the_lora_for_comfyui_is_the_same_student(students: dict[str, Run], kind: str, base: str, architecture: str) -> None:
+    """ComfyUI adds alpha / rank x up x down to the weight that a key names, and passes over keys that name none."""
+    run = students[kind]
+    file = exported(run).kohya
+    assert file.name == "run-4-steps.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == (base, f"{architecture}/lora")
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "4"
+    assert metadata["modelspec.resolution"] == "16x16"
+    assert metadata["modelspec.usage_hint"] in (run.export / "README.md").read_text(encoding="utf-8")
+    studio = open_studio(run)
+    network = studio.teacher.load_network(torch.float32, "cpu")
+    for name, module in network.named_modules():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        if f"{key}.alpha" in tensors:
+            down, up = tensors.pop(f"{key}.lora_down.weight"), tensors.pop(f"{key}.lora_up.weight")
+            change = float(tensors.pop(f"{key}.alpha")) / len(down) * up.flatten(1) @ down.flatten(1)
+            module.weight.data += change.view_as(module.weight)
+    assert not tensors, "keys that name no layer"
+    patched = Backbone(network, studio.teacher.family.call, ())
+    z, t, (conditioning, _) = torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), studio.encode(PROMPTS)
+    with torch.no_grad():
+        with studio.backbone.role(STUDENT):
+            wanted = studio.backbone(z, t, conditioning)
+        with patched.role(TEACHER):
+            torch.testing.assert_close(patched(z, t, conditioning), wanted, rtol=1e-4, atol=1e-4)
+        with studio.backbone.role(TEACHER):
+            assert (studio.backbone(z, t, conditioning) - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("sd15", 278), ("sdxl", 788)])
+def test_comfyui_knows_every_layer_of_the_published_architectures(architecture: str, layers: int) -> None:
+    """By the names in comfy/utils.py, ``unet_to_diffusers``."""
+    attention = r"proj_(in|out)|transformer_blocks_\d_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
+    in_block = rf"attentions_\d_({attention})|resnets_\d_(conv1|conv2|time_emb_proj|conv_shortcut)|(down|up)samplers_0_conv"
+    known = re.compile(rf"lora_unet_((down|up)_blocks_\d|mid_block)_({in_block})")
+    teacher = find_teacher(f"random:{architecture}")
+    backbone = Backbone(teacher.draw("unet", torch.float32, "meta"), teacher.family.call, teacher.family.lora_targets)
+    backbone.add_role(STUDENT, 1, backbone.lora_targets, 0)
+    names = {name.partition(".")[0] for name in kohya_state(backbone.lora_state(STUDENT), "unet")}
+    assert len(names) == layers
+    assert [name for name in names if not known.fullmatch(name)] == []
+
+
+def test_diffusers_takes_the_file_for_comfyui_too(finished: Run, small_teachers: dict[str, Path]) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(small_teachers["sd15"], safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(finished.export, subfolder="scheduler")
+    drawn = []
+    for file in (exported(finished).diffusers, exported(finished).kohya):
+        pipeline.load_lora_weights(str(file))
+        given = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
+        drawn.append(pipeline(PROMPTS[0], output_type="latent", **given).images)
+        pipeline.unload_lora_weights()
+    torch.testing.assert_close(*drawn)
 
 
 def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rapm.errors import UserError
 
 if TYPE_CHECKING:
     from rapm.config import Config
+    from rapm.export import Exported
     from rapm.run import Run
 
 app = typer.Typer(
@@ -90,6 +91,11 @@ def _open_run(config: Config, out: Path) -> Run:
     return run
 
 
+def _print_exported(files: Exported) -> None:
+    print(f"LoRA for diffusers: {files.diffusers}")
+    print(f"LoRA for ComfyUI, Forge and A1111: {files.kohya}")
+
+
 @contextmanager
 def _told_when_stopped(out: Path) -> Iterator[None]:
     try:
@@ -114,6 +120,7 @@ def distill(
 ) -> None:
     """The whole chain: trajectories, training, export, a sheet of pictures."""
     from rapm import stages
+    from rapm.export import exported
     from rapm.plan import check_room, gpus_here, make_plan, render
     from rapm.teacher import teacher_of
 
@@ -126,7 +133,7 @@ def distill(
     with _told_when_stopped(run.folder):
         if not stages.distill_run(run):
             raise KeyboardInterrupt
-    print(f"LoRA for diffusers: {run.export / stages.LORA_FILE}")
+    _print_exported(exported(run))
     for picture in sorted(run.samples.glob("*.png")):
         print(f"Picture: {picture}")
 
@@ -206,6 +213,7 @@ def prompts(
 def train(run: RunArgument) -> None:
     """Train the student of a run that has its trajectories, or go on with it."""
     from rapm import stages
+    from rapm.export import export_run
     from rapm.run import Run
 
     opened = Run.existing(run)
@@ -213,16 +221,16 @@ def train(run: RunArgument) -> None:
         if not stages.train_run(opened):
             print(f"Stopped; a checkpoint is in {opened.checkpoints}. The same command goes on from there.")
             raise typer.Exit(130)
-        print(f"LoRA for diffusers: {stages.export_run(opened)}")
+        _print_exported(export_run(opened))
 
 
 @app.command()
 def export(run: RunArgument) -> None:
-    """Write the newest checkpoint's student as a LoRA file for diffusers."""
-    from rapm import stages
+    """Write the newest checkpoint's student as LoRA files for diffusers and for ComfyUI, A1111 and Forge."""
+    from rapm.export import export_run
     from rapm.run import Run
 
-    print(f"LoRA for diffusers: {stages.export_run(Run.existing(run))}")
+    _print_exported(export_run(Run.existing(run)))
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,8 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.evaluate import toy_protocol
-from rapm.files import complete_or_absent_folder, share, write_json
+from rapm.export import export_run
+from rapm.files import write_json
 from rapm.network import STUDENT, TEACHER
 from rapm.objective import Conditioning
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
@@ -29,8 +29,6 @@ from rapm.teacher import Teacher, load_backbone, teacher_of
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def _prompts(config: Config) -> PromptList:
@@ -205,54 +203,6 @@ def train_run(run: Run) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------------- results
-
-CARD = """---
-{base}base_model_relation: adapter
-tags: [text-to-image, diffusers, lora, template:sd-lora, rapm]
----
-# A {steps}-step LoRA by RAPM
-
-Distilled with rapm {version} (relative and absolute position matching, arXiv 2503.20744) from `{teacher}` at guidance scale
-{guidance_scale}, which is baked in: sample without guidance.
-{loras}
-```python
-from diffusers import DDIMScheduler
-
-pipe.load_lora_weights("FOLDER")          # strength 1.0
-pipe.scheduler = DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")
-pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0)
-```
-"""
-
-
-def export_run(run: Run) -> Path:
-    """Writes ``export/``: the student's averaged LoRA for diffusers, the scheduler's config, a model card.
-
-    Training is at scale 1 (alpha = rank) and the metadata say so, so the file loads at strength 1.0.
-    """
-    studio, config = open_studio(run), run.config
-    teacher, backbone = studio.teacher, studio.backbone
-    with complete_or_absent_folder(run.export) as folder:
-        part = teacher.family.network
-        layers = {f"{part}_lora_layers": backbone.lora_state(STUDENT)}
-        lora = backbone.configs[STUDENT].to_dict()
-        lora["target_modules"] = sorted(lora["target_modules"])  # a set: in another order each time
-        metadata = {f"{part}_lora_adapter_metadata": lora}
-        teacher.family.pipeline.save_lora_weights(folder, **layers, **metadata)
-        share(folder / LORA_FILE)
-        teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
-        fused = "".join(f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras)
-        local = os.path.isabs(config.teacher)  # where it lies is nobody else's business
-        card = CARD.format(
-            base="" if local else f"base_model: {config.teacher.partition('@')[0]}\n",
-            teacher=os.path.basename(config.teacher) if local else config.teacher,
-            loras=f"\nIts teacher has these LoRAs fused in; load them too, at that strength:\n\n{fused}" if fused else "",
-            steps=config.trajectories.slots,
-            guidance_scale=config.trajectories.guidance_scale,
-            version=version("rapm"),
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return run.export / LORA_FILE
 
 
 def sample_run(

@@ -30,6 +30,8 @@ class Family:
         latent_shape: ``(configs, (width, height) in pixels, or None for the network's own) -> (C, h, w)``; ``configs`` gives a
             part's config by its name. Raises ValueError for a size the network cannot have.
         decode: ``(pipeline, z [n, C, h, w]) -> images``, float32 [n, 3, H, W] in [-1, 1], on the CPU.
+        base_model: ``(configs) ->`` what a LoRA's metadata call a model of this kind: kohya's ``ss_base_model_version`` and
+            Stability AI's ``modelspec.architecture``.
     """
 
     pipeline: type[Any]
@@ -45,6 +47,7 @@ class Family:
     conditioning: Callable[[Configs], dict[str, tuple[int, ...]]]
     latent_shape: Callable[[Configs, tuple[int, int] | None], tuple[int, int, int]]
     decode: Callable[[Any, Tensor], Tensor]
+    base_model: Callable[[Configs], tuple[str, str]]
 
 
 Configs = Callable[[str], Mapping[str, Any]]

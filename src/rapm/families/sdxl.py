@@ -64,4 +64,5 @@ FAMILY = Family(
     ),
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,
+    base_model=lambda configs: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 )

@@ -72,6 +72,15 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"prompt_embeds": torch.cat(rows)}
 
 
+def _base_model(configs: Configs) -> tuple[str, str]:
+    """2.x projects linearly around attention where 1.x convolves; which 2.x it is, its prediction says."""
+    if not configs("unet").get("use_linear_projection"):
+        return "sd_v1", "stable-diffusion-v1"
+    if configs("scheduler").get("prediction_type") == "v_prediction":
+        return "sd_v2_v", "stable-diffusion-v2-768-v"
+    return "sd_v2", "stable-diffusion-v2-512"
+
+
 FAMILY = Family(
     pipeline=StableDiffusionPipeline,
     network="unet",
@@ -86,4 +95,5 @@ FAMILY = Family(
     conditioning=prompt_embeds_shape,
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,
+    base_model=_base_model,
 )
