@@ -25,8 +25,8 @@ lint: setup  ## ruff check, ruff format --check, pyright
 	@$(BIN)/ruff format --check --quiet || { echo "lint: to put this right: $(BIN)/ruff format" >&2; exit 1; }
 	@$(BIN)/pyright
 
-test: lint  ## lint, then the tests
-	@$(BIN)/pytest
+test: lint  ## lint, then the tests, in two processes side by side
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
 demo: setup  ## distil the embedded toy teacher into runs/demo and check the scores (CPU, no download)
 	@$(BIN)/rapm distill --teacher toy --out runs/demo

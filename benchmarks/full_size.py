@@ -3,9 +3,10 @@
     python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512 and SDXL at 1024 on a GPU; without one, SD 1.5 at 256
     python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables
 
-Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. Of each
-kind of turn the first is not timed. On a GPU memory is torch's own peak, on a CPU the growth of the process's resident memory
-at its peak over what it was before the network came.
+Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. An
+iteration is a turn of the student's, with critics, and then the critics' from the way it went; the first is not timed. On a
+GPU memory is torch's own peak, on a CPU the growth of the process's resident memory at its peak over what it was before the
+network came.
 
 The floor: the network passes that a turn made, made again by the network alone, with backward passes where the turn had them;
 once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the same N positions, one of
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,9 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
-from rapm.plan import Stub, duration, make_plan, peak_of_process, teacher_pass, turns, without_weights
+from rapm.plan import Stub, duration, given, make_plan, peak_of_process, teacher_pass, without_weights
 from rapm.teacher import Teacher, architecture_of, load_backbone
-from rapm.train import Learner, make_players
+from rapm.train import Learner, Walked, critic_turn, make_players, student_turn
 
 GIB = 2**30
 COST, START = Path(__file__).parents[1] / "docs" / "cost.md", "<!-- table: benchmarks/full_size.py -->"
@@ -201,18 +202,28 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     memory.reset()
     players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
     learners = [players.student, *players.critics.values()]
-    kinds = turns(players, stub)
-    work = {"student": (kinds["student"], [players.student]), "critics": (kinds["critics"], list(players.critics.values()))}
+    critics = list(players.critics.values())
+    batch, shown = given(players, stub)
+    walked: list[Walked] = []  # the student's last way
+
+    def student() -> dict[str, float]:
+        losses, walked[:] = student_turn(players, batch, shown)
+        return losses
+
+    work: dict[str, tuple[Callable[[], dict[str, float]], list[Learner]]] = {
+        "student": (student, [players.student]),
+        "critics": (lambda: critic_turn(players, walked, shown), critics),
+    }
     found |= {"losses": [], "seconds": {name: [] for name in work}, "floor": {}, "floor_with_lora": {}, "passes": {}}
     for iteration in range(iterations):
-        name = ("critics", "student")[iteration % 2]
-        turn, own = work[name]
-        with timed(device, found["seconds"][name]):
-            of_turn = turn()
-            for learner in own:
-                learner.clip(iteration, 0.0, config.training.gradient_clip)
-                learner.step(1.0)
-        found["losses"].append(sum(value for key, value in of_turn.items() if key.endswith(("distance", "critic"))))
+        losses: dict[str, float] = {}
+        for name, (turn, own) in work.items():
+            with timed(device, found["seconds"][name]):
+                losses |= turn()
+                for learner in own:
+                    learner.clip(iteration, 0.0, config.training.gradient_clip)
+                    learner.step(1.0)
+        found["losses"].append(sum(value for key, value in losses.items() if key.endswith(("distance", "critic"))))
     found["memory"] = memory.peak()
     for name, (turn, _) in work.items():
         with watched(backbone) as passes:
@@ -253,13 +264,13 @@ def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dic
     generator = torch.Generator().manual_seed(0)
 
     found: dict[str, Any] = {"seconds": {"critics": [], "student": []}}
-    for iteration in range(iterations):
-        critic = iteration % 2 == 0
+    for turn in range(2 * iterations):
+        critic = turn % 2 == 0
         learner = step.critic if critic else step.learner
         with timed(device, found["seconds"]["critics" if critic else "student"]):
             for k in range(0, grid.slots * grid.fine_steps, grid.fine_steps):
                 step.turn(x0, [k], rows, generator, critic=critic, share=1 / grid.slots)
-            learner.clip(iteration, 0.0, config.training.gradient_clip)
+            learner.clip(turn, 0.0, config.training.gradient_clip)
             learner.step(1.0)
     return found | {"memory": memory.peak(), "parameters_of_heads": sum(p.numel() for p in heads.parameters())}
 
@@ -367,9 +378,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where results are kept (JSON)")
     parser.add_argument("--table", type=Path, help="write the tables of such a file into docs/cost.md")
     parser.add_argument("--repeats", type=int, default=2, help="of the floor")
-    parser.add_argument(
-        "--iterations", type=int, default=20, help="turns of both kinds, the first of each not timed; at least 4"
-    )
+    parser.add_argument("--iterations", type=int, default=10, help="of student and critics, the first not timed; at least 2")
     parser.add_argument("--only", default="", help="cases whose description has this in it")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

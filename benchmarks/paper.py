@@ -50,7 +50,7 @@ from rapm.stages import make_trajectories
 from rapm.teacher import Teacher, load_backbone, teacher_of
 from rapm.toy import ORACLE, scenes
 from rapm.toy.oracle import Oracle
-from rapm.train import Batch, Learner, Players, rate_factor
+from rapm.train import Batch, Learner, Players, Walked, rate_factor
 from rapm.trajectories import Trajectory, TrajectoryStore, guided, picture_noise
 
 UPDATES = 600  # of the student, in every run whose name does not say otherwise
@@ -116,7 +116,7 @@ class Spec:
     def updates_in(self, config: Config, iterations: int) -> int:
         """Updates of the student in the first so many iterations."""
         if self.method.startswith("rapm"):
-            return sum(not training.is_critic_turn(config, k) for k in range(iterations))
+            return sum(not training.critics_alone(config, k) for k in range(iterations))
         return iterations // METHODS[self.method].turns
 
 
@@ -271,7 +271,7 @@ class OwnStart(Players):
             return replace(at, relative=from_nudged(backbone, schedule, grid, slots, nudged, at.conditioning))
 
 
-def undetached_turn(players: Players, batch: Batch, renoising: Mapping[str, Any]) -> dict[str, float]:
+def undetached_turn(players: Players, batch: Batch, renoising: Mapping[str, Any]) -> tuple[dict[str, float], list[Walked]]:
     """A student's turn on distances alone whose gradient flows through all the student's steps before each slot."""
     assert not renoising
     backbone, schedule, grid = players.backbone, players.schedule, players.grid
@@ -286,7 +286,7 @@ def undetached_turn(players: Players, batch: Batch, renoising: Mapping[str, Any]
                 total = total + (players.slot_weight(kind, [n], len(z)) * distance).sum()  # type: ignore[arg-type]
                 sums[f"{kind}_distance"] += float(distance.detach().mean()) / grid.slots
         total.backward()
-    return sums
+    return sums, []
 
 
 def train_rapm(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher) -> None:

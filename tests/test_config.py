@@ -135,7 +135,6 @@ def test_an_unknown_key_like_no_other():
         ("student.ema", 1),
         ("student.learning_rate", 0),
         ("critics.head_width", 6),
-        ("critics.every", 1),
         ("precision", "float64"),
         ("training", 3),
     ],

@@ -29,7 +29,6 @@ SETTINGS = (
     "critics.learning_rate=1e-3",
     "critics.start=0.0",
     "critics.head_start=0.1",
-    "critics.every=2",
     "student.learning_rate=1e-3",
 )
 

@@ -21,7 +21,7 @@ from rapm.families.stable_diffusion import UNET_LORA_TARGETS, unet_taps
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
 from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
-from rapm.train import Batch, Learner, Players, critic_turn, student_turn
+from rapm.train import Batch, Learner, Players, critic_turn, student_turn, walk
 from rapm.trajectories import guided
 
 ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
@@ -245,11 +245,11 @@ def test_student_gradients_equal_those_of_separate_copies(
     batch, renoising = stored_batch(kind=kind), draws()
     rolled = players.config.rolled_slots  # what a store would hold
     held = Batch(batch.coarse[:, -rolled - 1 :], batch.nudged[:, -rolled:], batch.conditioning)
-    losses = student_turn(players, held, renoising)
+    losses, walked = student_turn(players, held, renoising)
 
     copies = single_copies(players, kind)
     expected = dict.fromkeys(losses, 0.0)
-    total = torch.zeros(())
+    total, reached = torch.zeros(()), []
     z = batch.coarse[:, GRID.slots]
     for n in reversed(range(GRID.slots)):
         nudged, absolute = batch.nudged[:, n], batch.coarse[:, n]
@@ -280,12 +280,17 @@ def test_student_gradients_equal_those_of_separate_copies(
             expected[f"{name}_distance"] += distance.item() / GRID.slots
             expected[f"{name}_adversarial"] += adversarial.item() / GRID.slots
         z = z_phi.detach()
+        reached.append(z)
     own = copies[STUDENT].parameters(STUDENT)
     reference = dict(zip(own, torch.autograd.grad(total, list(own.values())), strict=True))
 
     for name, gradient in gradients(players.student).items():
         torch.testing.assert_close(gradient, reference[name], rtol=1e-4, atol=1e-6)
     assert losses == pytest.approx(expected, rel=1e-4)
+    for way in (walked, walk(players, held)):  # what critics learn from: the same whether the student learns on it or not
+        torch.testing.assert_close(torch.cat([one.reached for one in way]), torch.cat(reached), rtol=1e-4, atol=1e-5)
+        assert [n for one in way for n in one.at.slots] == [*reversed(range(GRID.slots))]
+        assert not any(one.reached.requires_grad for one in way)
     for role in ROLES[1:]:
         assert all(p.grad is None for p in players.critics[role].parameters.values()), f"{role} learns in the student's turn"
 
@@ -298,7 +303,7 @@ def test_critic_gradients_equal_those_of_separate_copies(
     players = make_players(ddim_schedule, checkpointing, slot_batch, loss, kind)
     critic_loss = hinge_critic if loss == "hinge" else relativistic
     batch, renoising = stored_batch(kind=kind), draws()
-    critic_turn(players, batch, renoising)
+    critic_turn(players, walk(players, batch), renoising)
 
     copies = single_copies(players, kind)
     totals = dict.fromkeys(ROLES[1:], torch.zeros(()))
@@ -329,8 +334,26 @@ def test_critic_gradients_equal_those_of_separate_copies(
     assert all(p.grad is None for p in players.student.parameters.values()), "the student learns in the critics' turn"
 
 
+def test_critics_make_no_pass_but_their_own(ddim_schedule) -> None:
+    """Two for each group of slots: real and fake side by side, once for each critic."""
+    players = make_players(ddim_schedule, positions="followed")
+    _, walked = student_turn(players, stored_batch(), draws())
+    asked: list[str | None] = []
+    players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))
+    critic_turn(players, walked, draws())
+    assert asked == [RELATIVE_CRITIC, ABSOLUTE_CRITIC] * GRID.slots
+
+
+def students(players: Players, batch: Batch, renoising: dict[str, Renoising]) -> dict[str, float]:
+    return student_turn(players, batch, renoising)[0]
+
+
+def critics(players: Players, batch: Batch, renoising: dict[str, Renoising]) -> dict[str, float]:
+    return critic_turn(players, walk(players, batch), renoising)
+
+
 @pytest.mark.parametrize("source", ["stored", "followed"])
-@pytest.mark.parametrize("turn", [student_turn, critic_turn])
+@pytest.mark.parametrize("turn", [students, critics])
 def test_slot_groups_change_nothing(ddim_schedule, turn, source: str) -> None:
     found = []
     for slot_batch in (1, 2, 3):
@@ -358,7 +381,7 @@ def test_channels_last_changes_nothing(ddim_schedule) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("turn", [student_turn, critic_turn])
+@pytest.mark.parametrize("turn", [students, critics])
 def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
     """Losses a thousand times smaller, as the mean over a large picture makes them: float16 alone loses them."""
     found: dict[str, Tensor] = {}
@@ -370,9 +393,9 @@ def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
     ):
         players = make_players(ddim_schedule, dtype=dtype, **small)
         assert players.backbone.loss_scale == (4096 if dtype == torch.float16 else 1)
-        movers = [players.student] if turn is student_turn else list(players.critics.values())
+        movers = [players.student] if turn is students else list(players.critics.values())
         if not scaled:
-            players.backbone.loss_scale = 1e-4 if turn is critic_turn else 1.0  # no weight makes a critic's loss small
+            players.backbone.loss_scale = 1e-4 if turn is critics else 1.0  # no weight makes a critic's loss small
             for learner in movers:
                 learner.loss_scale = players.backbone.loss_scale
         turn(players, stored_batch(), draws())
@@ -385,12 +408,12 @@ def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-@pytest.mark.parametrize("turn", [student_turn, critic_turn])
+@pytest.mark.parametrize("turn", [students, critics])
 def test_only_the_roles_own_parameters_move(ddim_schedule, turn, kind: str) -> None:
     players = make_players(ddim_schedule, kind=kind)
     before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
     turn(players, stored_batch(kind=kind), draws())
-    movers = [players.student] if turn is student_turn else list(players.critics.values())
+    movers = [players.student] if turn is students else list(players.critics.values())
     for learner in movers:
         learner.step(1.0)
     moved = {name for name, p in players.backbone.network.named_parameters() if not torch.equal(p, before[name])}

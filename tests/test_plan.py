@@ -110,10 +110,11 @@ def test_disk_and_turns_are_those_of_the_run(
     of_prompt = sum(value.numel() for name, value in shards[0].conditioning.items() if name != "time_ids")
     assert plan.disk["prompts' embeddings, at most"] == 4 * of_prompt * 7
     kinds = [
-        "critics" if "absolute_critic" in record else "student" if "absolute_adversarial" in record else "distances"
+        "distances" if "absolute_critic" not in record else "both" if "absolute_adversarial" in record else "critics"
         for record in run.read_metrics()
     ]
-    assert {name: kinds.count(name) for name in ("distances", "student", "critics")} == turn_counts(config)
+    assert {name: kinds.count(name) for name in ("distances", "critics", "both")} == turn_counts(config)
+    assert all(turn_counts(config).values())
     assert plan.calls["trajectories"] == 6 * (1 if source == "followed" else 3) * 4 * 2
     learned = plan.memory["training"]
     _, state = run.load_checkpoint()
@@ -208,7 +209,7 @@ def test_what_is_measured_is_told(tiny_config: Config) -> None:
     teacher = teacher_of(tiny_config)
     text = render(make_plan(tiny_config, teacher), tiny_config, GPUS, measure(tiny_config, teacher, 1))
     assert "RTX 4090 24 GB" in text
-    assert "turn, critics" in text
+    assert "iteration, critics" in text
     assert "a fine step of 3 trajectories" in text
     assert "hours" not in render(make_plan(tiny_config, teacher), tiny_config, {}).lower()
 

@@ -90,7 +90,7 @@ class Critics(Section):
 
     adversarial_weight: Weight = 0.4
     """Length of the adversarial gradient at the student's position over that of the distance's, in every slot and of each kind;
-    0 leaves the critics out, and every turn is the student's."""
+    0 leaves the critics out."""
     loss: Literal["relativistic", "hinge"] = "relativistic"
     """Which of the two is the teacher's (relativistic), or whether each one is (hinge, as PCM has it)."""
     noise: Literal["shared", "independent"] = "shared"
@@ -98,8 +98,6 @@ class Critics(Section):
     noise_power: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
     """k in tau = t_n + (t_{n+1} - t_n) u^k, the timestep whose noise they are shown under (u uniform in [0, 1)). 1 is PCM's
     uniform choice; more shows positions closer to as they are, fine detail with them."""
-    every: Annotated[int, Field(ge=2)] = 2
-    """One turn in so many is the critics', the others are the student's."""
     rank: Annotated[int, Field(ge=1)] = 8
     """LoRA rank of each critic."""
     targets: list[str] = []
@@ -109,7 +107,8 @@ class Critics(Section):
     learning_rate: Rate = 1e-4
     """AdamW, betas 0 and 0.999."""
     start: Fraction = 0.0
-    """Share of the iterations that pass on distances alone before the critics' first turn."""
+    """Share of the iterations that pass on distances alone before the critics come in. From then on they learn in every
+    iteration, from the way that the student went in it."""
     head_start: Fraction = 0.02
     """Share of the iterations that are then the critics' alone, before the student hears of them."""
 
@@ -117,10 +116,10 @@ class Critics(Section):
 class Training(Section):
     """The loop."""
 
-    iterations: Positive = 5_000
-    """Turns of both kinds."""
+    iterations: Positive = 4_000
+    """Updates: the student's, with the critics' beside it once they have come in."""
     batch_size: Positive = 1
-    """Trajectories in a turn."""
+    """Trajectories in an iteration."""
     slot_batch: Positive = 1
     """Slots handled in one pass: 1 needs least memory, N is fastest where the GPU (or CPU) is not full."""
     positions: Literal["stored", "followed"] = "followed"

@@ -28,9 +28,9 @@ from torch.utils.flop_counter import flop_registry
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.network import TEACHER, Backbone
-from rapm.objective import Conditioning
+from rapm.objective import Conditioning, Renoising
 from rapm.teacher import Teacher, load_backbone
-from rapm.train import Players, batch_of, critic_turn, critics_play, is_critic_turn, make_players, student_turn
+from rapm.train import Batch, Players, batch_of, critic_turn, critics_alone, critics_play, make_players, student_turn, walk
 from rapm.trajectories import Trajectory, guided
 
 # Dense bfloat16 rate with float32 accumulation, TFLOP/s, and memory, GiB, as their makers state them.
@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         disk: by what is kept, at the largest.
         memory: of each stage at its peak, by part.
-        calls: network passes of the rollout, one row each, and turns of each kind.
+        calls: network passes of the rollout, one row each, and iterations of each kind.
         flops: by stage.
     """
 
@@ -180,26 +180,31 @@ def teacher_pass(config: Config, backbone: Backbone, stub: Stub, rows: int) -> C
     return work
 
 
-def turns(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
-    """The three kinds of turn a run can take: the student's on distances alone, the student's with critics, the critics'."""
+def given(players: Players, stub: Stub) -> tuple[Batch, dict[str, Renoising]]:
+    """What an iteration is given."""
     batch = batch_of([stub.trajectory] * players.config.training.batch_size, players.backbone.device)
     generator = torch.Generator().manual_seed(0)
-    shown = {role: players.renoising(batch.coarse[:, -1].shape, generator) for role in players.critics}
+    return batch, {role: players.renoising(batch.coarse[:, -1].shape, generator) for role in players.critics}
+
+
+def turns(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
+    """The kinds of iteration a run can have: the student on distances alone, the critics in their head start, both."""
+    batch, shown = given(players, stub)
     kinds: dict[str, Callable[[], object]] = {"distances": lambda: student_turn(players, batch, {})}
     if shown:
         kinds |= {
-            "student": lambda: student_turn(players, batch, shown),
-            "critics": lambda: critic_turn(players, batch, shown),
+            "critics": lambda: critic_turn(players, walk(players, batch), shown),
+            "both": lambda: critic_turn(players, student_turn(players, batch, shown)[1], shown),
         }
     return kinds
 
 
 def turn_counts(config: Config) -> dict[str, int]:
-    """How many turns of each kind a run takes."""
-    counts = {"distances": 0, "student": 0, "critics": 0}
+    """How many iterations of each kind a run has."""
+    counts = {"distances": 0, "critics": 0, "both": 0}
     for iteration in range(config.training.iterations):
-        critics = is_critic_turn(config, iteration)
-        counts["critics" if critics else "student" if critics_play(config, iteration) else "distances"] += 1
+        alone = critics_alone(config, iteration)
+        counts["critics" if alone else "both" if critics_play(config, iteration) else "distances"] += 1
     return counts
 
 
@@ -210,7 +215,11 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     alike = config.training.positions == "stored" and settings.slots % slot_batch == 0
     counted = slot_batch if alike else settings.slots
     groups = settings.slots // counted
-    one = config.model_copy(update={"trajectories": settings.model_copy(update={"slots": counted})})
+    fewer = {
+        "slots": counted,
+        "fine_steps": settings.delta,
+    }  # where the teacher is followed its passes are all alike, see below
+    one = config.model_copy(update={"trajectories": settings.model_copy(update=fewer)})
     stub = Stub(one, teacher, "meta")
     backbone = load_backbone(bare, one, "meta")
     weights = _bytes(iter([*backbone.network.parameters(), *backbone.network.buffers()]))
@@ -228,6 +237,9 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
             peak = max(peak, at_most)
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
+    if config.training.positions == "followed":
+        uncounted = (settings.fine_steps - settings.delta) * (settings.slots - 1) * config.training.batch_size
+        flops = {name: counted_flops + uncounted * pass_flops / rows for name, counted_flops in flops.items()}
     fine = config.rolled_slots * settings.fine_steps
     return Plan(
         disk=_disk(config, teacher, adapters + state + student),
@@ -245,7 +257,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
         },
         calls={
             "trajectories": settings.count * fine * (1 if settings.guidance_scale == 1 else 2),
-            **{f"turns, {name}": number[name] for name in flops},
+            **{f"iterations, {name}": number[name] for name in flops},
         },
         flops={
             "trajectories": pass_flops * fine * settings.count / rows,
@@ -398,7 +410,7 @@ def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], 
     for stage, parts in plan.memory.items():
         named = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
         lines.append(f"  {stage:18} {in_words(sum(parts.values())):>12}   {named}")
-    lines += ["Network calls and turns", *(f"  {name:36} {number:>12,}" for name, number in plan.calls.items())]
+    lines += ["Network calls and iterations", *(f"  {name:36} {number:>12,}" for name, number in plan.calls.items())]
     if gpus or measured:
         lines += [f"Hours, at {SHARE_OF_PEAK:.0%} of a GPU's peak rate   trajectories   training"]
     for name, (rate, memory) in gpus.items():
@@ -412,6 +424,6 @@ def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], 
         lines += [f"  {'measured here':36} {rolling / 3600:12.2f} {training / 3600:10.2f}"]
         lines += [f"Measured here, {config.torch_device}, {torch.get_num_threads()} CPU threads, random weights"]
         lines += [f"  {f'a fine step of {rows} trajectories':36} {measured.teacher_pass:10.3f} s"]
-        lines += [f"  {f'turn, {name}':36} {seconds:10.3f} s" for name, seconds in measured.turns.items()]
+        lines += [f"  {f'iteration, {name}':36} {seconds:10.3f} s" for name, seconds in measured.turns.items()]
         lines += [f"  {'memory at the peak':36} {in_words(measured.peak):>12}"]
     return "\n".join(lines)

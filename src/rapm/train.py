@@ -194,15 +194,37 @@ class Players:
 _KIND: dict[str, Kind] = {RELATIVE_CRITIC: "relative", ABSOLUTE_CRITIC: "absolute"}
 
 
-def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> dict[str, float]:
-    """Accumulates the student's gradient over the slots, from high noise to low. Returns losses to log.
+@dataclass(frozen=True)
+class Walked:
+    """Where the student came to in a group of slots, [k B, C, H, W], without a graph, and what it is compared with there."""
+
+    at: Positions
+    reached: Tensor
+
+
+@torch.no_grad()
+def walk(players: Players, batch: Batch) -> list[Walked]:
+    """The student's way through all slots: what a turn of the critics alone takes."""
+    found, z = [], batch.coarse[:, -1]
+    for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
+        at = players.positions(slots, z, batch)
+        with players.backbone.role(STUDENT):
+            reached = student_step(players.backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
+        found.append(Walked(at, reached))
+        z = reached[-len(z) :]
+    return found
+
+
+def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> tuple[dict[str, float], list[Walked]]:
+    """Accumulates the student's gradient over the slots, from high noise to low. Returns losses to log and the way it went, so
+    that critics can learn from that next without a pass of the student's or the teacher's.
 
     Every graph lives in one role: the losses' gradient with respect to the student's positions is found first, each critic's in
     the critic's role, then carried through the student's own graph.
     """
     backbone, device = players.backbone, players.backbone.device
     sums: dict[str, float] = {}
-    z = batch.coarse[:, -1]
+    found, z = [], batch.coarse[:, -1]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
         at = players.positions(slots, z, batch)
         with backbone.role(STUDENT):
@@ -236,32 +258,29 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
                 sums[f"{kind}_{name}"] = sums.get(f"{kind}_{name}", 0.0) + share
         with backbone.role(STUDENT):
             z_phi.backward(backbone.loss_scale * gradient)
+        found.append(Walked(at, z_phi.detach()))
         z = z_phi.detach()[-len(z) :]
-    return sums
+    return sums, found
 
 
-def critic_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> dict[str, float]:
+def critic_turn(players: Players, walked: Sequence[Walked], renoising: Mapping[str, Renoising]) -> dict[str, float]:
     """Accumulates both critics' gradients over the slots. Returns losses and margins to log."""
     backbone, device = players.backbone, players.backbone.device
     sums: dict[str, float] = {}
-    z = batch.coarse[:, -1]
-    for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
-        at = players.positions(slots, z, batch)
-        with backbone.role(STUDENT), torch.no_grad():
-            fake = student_step(backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
+    for one in walked:
+        at, fake = one.at, one.reached
         for role, draws in renoising.items():
             real = at.relative if role == RELATIVE_CRITIC else at.absolute
-            t, real_noise, fake_noise = draws.of(slots, device)
+            t, real_noise, fake_noise = draws.of(at.slots, device)
             with backbone.role(role):
-                shown = torch.cat([players.shown(slots, real, t, real_noise), players.shown(slots, fake, t, fake_noise)])
+                shown = torch.cat([players.shown(at.slots, real, t, real_noise), players.shown(at.slots, fake, t, fake_noise)])
                 logits = players.logits(role, shown, torch.cat([t, t]), repeat(at.conditioning, 2))
                 real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
-                share = 1 / (players.grid.slots * len(z))
+                share = len(at.slots) / (players.grid.slots * len(fake))
                 loss = share * players.critic_loss(real_logits, fake_logits).sum()
                 (backbone.loss_scale * loss).backward()
             for name, value in (("critic", loss), ("margin", share * margin(real_logits, fake_logits).sum())):
                 sums[f"{_KIND[role]}_{name}"] = sums.get(f"{_KIND[role]}_{name}", 0.0) + float(value.detach())
-        z = fake[-len(z) :]
     return sums
 
 
@@ -299,23 +318,19 @@ def rate_factor(config: Config, iteration: int) -> float:
     return min(1.0, up, down)
 
 
-def is_critic_turn(config: Config, iteration: int) -> bool:
-    """Once the critics have started: all turns of their head start, then every second one (``every`` = 2)."""
-    if not critics_play(config, iteration):
-        return False
-    alone = iteration - _critics_start(config) < config.critics.head_start * config.training.iterations
-    return alone or iteration % config.critics.every == 0
-
-
 def critics_play(config: Config, iteration: int) -> bool:
     """Whether critics take part in an iteration."""
     return config.critics.adversarial_weight > 0 and iteration >= _critics_start(config)
 
 
+def critics_alone(config: Config, iteration: int) -> bool:
+    """Whether an iteration belongs to the critics' head start, in which the student does not learn."""
+    passed = iteration - _critics_start(config)
+    return critics_play(config, iteration) and passed < config.critics.head_start * config.training.iterations
+
+
 def _critics_start(config: Config) -> int:
-    """The iteration of the critics' first turn, one of those that are theirs anyway."""
-    every = config.critics.every
-    return math.ceil(config.critics.start * config.training.iterations / every) * every
+    return math.ceil(config.critics.start * config.training.iterations)
 
 
 def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> Players:
@@ -345,7 +360,7 @@ def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, sch
 
 
 def rehearse(players: Players, store: TrajectoryStore) -> None:
-    """Takes both kinds of turn once and changes nothing: memory that does not suffice shows now and not in the middle of the
+    """Takes both turns once and changes nothing: memory that does not suffice shows now and not in the middle of the
     night, when the critics come in or the largest picture does. Room for the optimisers' state is held meanwhile."""
     learners = [players.student, *players.critics.values()]
     state = [torch.zeros(2, *p.shape, device=p.device) for learner in learners for p in learner.parameters.values()]
@@ -353,9 +368,8 @@ def rehearse(players: Players, store: TrajectoryStore) -> None:
     largest = max((store[k] for k in range(among)), key=lambda row: row.coarse.numel())
     batch = batch_of([largest] * players.config.training.batch_size, players.backbone.device)
     renoising = {role: players.renoising(batch.coarse[:, -1].shape, _generator(0, role)) for role in players.critics}
-    if players.critics:
-        critic_turn(players, batch, renoising)
-    student_turn(players, batch, renoising)
+    _, walked = student_turn(players, batch, renoising)
+    critic_turn(players, walked, renoising)
     for learner in learners:
         learner.optimizer.zero_grad(set_to_none=True)
     del state
@@ -406,19 +420,20 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             }
             factor = rate_factor(config, iteration)
             record: dict[str, float | str] = {"iteration": iteration}
-            if is_critic_turn(config, iteration):
-                losses = critic_turn(players, batch, renoising)
-                norms = {
-                    f"{_KIND[role]}_gradient": learner.clip(iteration, losses[f"{_KIND[role]}_critic"], training.gradient_clip)
-                    for role, learner in critics.items()
-                }
-                for learner in critics.values():  # only once all of them are known to be finite
-                    learner.step(factor)
-                losses |= norms
+            moving = list(critics.values())
+            if critics_alone(config, iteration):
+                losses, walked = {}, walk(players, batch)
             else:
-                losses = student_turn(players, batch, renoising)
+                losses, walked = student_turn(players, batch, renoising)
                 losses["gradient"] = players.student.clip(iteration, sum(losses.values()), training.gradient_clip)
-                players.student.step(factor)
+                moving.append(players.student)
+            losses |= critic_turn(players, walked, renoising)
+            for role, learner in critics.items():
+                kind = _KIND[role]
+                losses[f"{kind}_gradient"] = learner.clip(iteration, losses[f"{kind}_critic"], training.gradient_clip)
+            for learner in moving:  # only once all of them are known to be finite
+                learner.step(factor)
+            if players.student in moving:
                 decay = min(config.student.ema, (1 + iteration) / (10 + iteration))
                 weights = [p.detach() for p in players.student.parameters.values()]
                 get_ema_multi_avg_fn(decay)(list(average.values()), weights, 0)
