@@ -186,7 +186,7 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
 
 def sweeps() -> list[Spec]:
     """Settings, one at a time, of what wins above: followed positions, the absolute term alone, critics. Where that itself
-    belongs into a table, it is the first line of "equal time". Seeds are told apart there and in the ablation."""
+    belongs into a table, it is the one of "library". Seeds are told apart there and in the ablation."""
 
     def spec(table: str, name: str, settings: Sequence[str], **given: Any) -> Spec:
         return Spec(table, name, settings=[*FOLLOWED, *ABSOLUTE, *settings], **given)
@@ -227,6 +227,15 @@ def sweeps() -> list[Spec]:
     return specs
 
 
+def library() -> list[Spec]:
+    """The library's default, where critics learn from the way that the student has just gone."""
+    own = Spec("library", "as the library does it", settings=[*FOLLOWED, *ABSOLUTE])
+    slower = replace(
+        own, name="as the library does it, critics' rate 0.0007", settings=[*own.settings, "critics.learning_rate=7e-4"]
+    )
+    return [*(replace(own, seed=seed) for seed in SEEDS), slower]
+
+
 def longer() -> list[Spec]:
     """As long as the demo, with its weights: whether an order holds that was found in a third of the time. As many updates as
     take the same time by ``--costs`` (PCM: a tenth more)."""
@@ -249,7 +258,7 @@ def longer() -> list[Spec]:
 def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
     named: dict[str, list[Spec]] = {}
-    for spec in [*ablation(), *neighbours(lines), *longer(), *sweeps()]:
+    for spec in [*ablation(), *neighbours(lines), *library(), *longer(), *sweeps()]:
         named.setdefault(spec.table, []).append(spec)
     return named
 

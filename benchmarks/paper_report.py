@@ -19,6 +19,7 @@ from markers import markdown, replace_between
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, KEPT, FIGURE = DOCS / "results.md", DOCS / "results.jsonl", DOCS / "fid-curves.png"
 SCORES = {"fid": ("FID", 3), "accuracy": ("accuracy", 3), "diversity": ("diversity", 2), "sharpness": ("sharpness", 2)}
+UPDATES, TRAJECTORIES = 600, 1000  # of paper.py's runs
 Runs = Sequence[Mapping[str, Any]]
 
 
@@ -48,6 +49,18 @@ def table(runs: Runs, name: str) -> str:
             rows.append([label, str(len(own)), str(own[0]["updates"]), *seconds, *scored])
     titles = "what", "seeds", "updates", "seconds of training", "of its rollout", *(title for title, _ in SCORES.values())
     return markdown(titles, rows)
+
+
+def costs(runs: Runs) -> str:
+    """Of the newest ``--costs``: what an update takes, and how many take as long as 600 of the first method, with rollouts."""
+    found = next(run["seconds"] for run in reversed(runs) if run["table"] == "costs")
+    rows, whole = [], UPDATES * sum(next(iter(found.values())).values())
+    for name, taken in found.items():
+        update, trajectory = taken["update"], taken["trajectory"]
+        with_new = whole / (update + trajectory)  # each update on a trajectory of its own, until there are no more
+        updates = with_new if with_new <= TRAJECTORIES else (whole - TRAJECTORIES * trajectory) / update
+        rows.append([name, f"{update:.2f}", f"{trajectory:.2f}", f"{updates:.0f}"])
+    return markdown(("what", "seconds an update", "seconds a trajectory", "updates in the same time"), rows)
 
 
 def figure(runs: Runs) -> None:
@@ -81,7 +94,9 @@ def main() -> None:
         if f"paper_report.py {name} " not in RESULTS.read_text(encoding="utf-8"):
             print(f"{RESULTS} has no place for table '{name}' yet")
             continue
-        replace_between(RESULTS, f"<!-- table: benchmarks/paper_report.py {name} -->", table(runs, name))
+        replace_between(
+            RESULTS, f"<!-- table: benchmarks/paper_report.py {name} -->", costs(runs) if name == "costs" else table(runs, name)
+        )
     if groups(runs, "equal time"):
         figure(runs)
 
