@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rapm.errors import UserError
+from rapm.families import stable_diffusion
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.schedule import Grid
 from rapm.teacher import Teacher, find_teacher
@@ -382,3 +383,12 @@ def test_a_single_file_takes_its_configs_from_the_cache(
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert refused("random:sd9") == "there is no architecture 'random:sd9'; there are: random:sd15, random:sdxl"
+
+
+@pytest.mark.parametrize(
+    ("linear", "prediction", "base"),
+    [(False, "epsilon", "sd_v1"), (True, "epsilon", "sd_v2"), (True, "v_prediction", "sd_v2_v")],
+)
+def test_the_base_model_a_lora_names(linear: bool, prediction: str, base: str) -> None:
+    configs = {"unet": {"use_linear_projection": linear}, "scheduler": {"prediction_type": prediction}}
+    assert stable_diffusion.FAMILY.base_model(configs.__getitem__)[0] == base

@@ -22,11 +22,11 @@ from rapm.plan import (
     Stub,
     check_room,
     count,
+    iteration_counts,
+    iterations,
     make_plan,
     measure,
     render,
-    turn_counts,
-    turns,
     without_weights,
 )
 from rapm.run import Run
@@ -68,10 +68,10 @@ def test_a_logged_loss_is_no_obstacle() -> None:
     ("kind", "slot_batch", "source"),
     [("sd15", 1, "followed"), ("sd15", 2, "stored"), ("sd15", 3, "stored"), ("sd21", 1, "stored"), ("sdxl", 1, "stored")],
 )
-def test_flops_are_those_of_real_turns(
+def test_flops_are_those_of_real_iterations(
     tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str
 ) -> None:
-    """All slots of real turns, by torch's own counter. (It counts plain attention, whose backward pass computes less again.)"""
+    """All slots of real iterations, by torch's own counter. (It counts plain attention, whose backward pass computes less.)"""
     config = changed(tiny_config, training={"slot_batch": slot_batch, "positions": source}).model_copy(
         update={"teacher": str(small_teachers[kind])}
     )
@@ -79,8 +79,8 @@ def test_flops_are_those_of_real_turns(
     plan = make_plan(config, teacher)
     stub = Stub(config, teacher, "cpu")
     players = make_players(config, load_backbone(teacher, config, "cpu"), stub, teacher.schedule)  # type: ignore[arg-type]
-    number, total = turn_counts(config), 0.0
-    for name, turn in turns(players, stub).items():
+    number, total = iteration_counts(config), 0.0
+    for name, turn in iterations(players, stub).items():
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
             turn()
         total += number[name] * counted.get_total_flops()
@@ -89,7 +89,7 @@ def test_flops_are_those_of_real_turns(
 
 
 @pytest.mark.parametrize(("kind", "source"), [*((kind, "stored") for kind in SMALL), ("sd15", "followed")])
-def test_disk_and_turns_are_those_of_the_run(
+def test_disk_and_iterations_are_those_of_the_run(
     tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
 ) -> None:
     training = {"keep_checkpoints": 2, "positions": source}
@@ -113,8 +113,8 @@ def test_disk_and_turns_are_those_of_the_run(
         "distances" if "absolute_critic" not in record else "both" if "absolute_adversarial" in record else "critics"
         for record in run.read_metrics()
     ]
-    assert {name: kinds.count(name) for name in ("distances", "critics", "both")} == turn_counts(config)
-    assert all(turn_counts(config).values())
+    assert {name: kinds.count(name) for name in ("distances", "critics", "both")} == iteration_counts(config)
+    assert all(iteration_counts(config).values())
     assert plan.calls["trajectories"] == 6 * (1 if source == "followed" else 3) * 4 * 2
     learned = plan.memory["training"]
     _, state = run.load_checkpoint()

@@ -168,7 +168,8 @@ def plan(
     preset: PresetOption = None,
     settings: SettingsOption = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Take a few real turns here too, with random weights, and say what they took.")
+        bool,
+        typer.Option("--measure", help="Make a few real iterations here too, with random weights, and say what they took."),
     ] = False,
 ) -> None:
     """What a run would cost: disk, memory, network calls, hours. Loads no weights."""

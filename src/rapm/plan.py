@@ -187,7 +187,7 @@ def given(players: Players, stub: Stub) -> tuple[Batch, dict[str, Renoising]]:
     return batch, {role: players.renoising(batch.coarse[:, -1].shape, generator) for role in players.critics}
 
 
-def turns(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
+def iterations(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
     """The kinds of iteration a run can have: the student on distances alone, the critics in their head start, both."""
     batch, shown = given(players, stub)
     kinds: dict[str, Callable[[], object]] = {"distances": lambda: student_turn(players, batch, {})}
@@ -199,7 +199,7 @@ def turns(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
     return kinds
 
 
-def turn_counts(config: Config) -> dict[str, int]:
+def iteration_counts(config: Config) -> dict[str, int]:
     """How many iterations of each kind a run has."""
     counts = {"distances": 0, "critics": 0, "both": 0}
     for iteration in range(config.training.iterations):
@@ -215,10 +215,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     alike = config.training.positions == "stored" and settings.slots % slot_batch == 0
     counted = slot_batch if alike else settings.slots
     groups = settings.slots // counted
-    fewer = {
-        "slots": counted,
-        "fine_steps": settings.delta,
-    }  # where the teacher is followed its passes are all alike, see below
+    fewer = {"slots": counted, "fine_steps": settings.delta}  # the teacher's other passes, all alike, are added below
     one = config.model_copy(update={"trajectories": settings.model_copy(update=fewer)})
     stub = Stub(one, teacher, "meta")
     backbone = load_backbone(bare, one, "meta")
@@ -230,8 +227,8 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     adapters = _bytes(p for learner in learners for p in learner.parameters.values())
     student = _bytes(iter(players.student.parameters.values()))
     state = 2 * adapters if config.training.optimizer == "adamw" else adapters // 2
-    number, flops, peak = turn_counts(config), {}, 0
-    for name, turn in turns(players, stub).items():
+    number, flops, peak = iteration_counts(config), {}, 0
+    for name, turn in iterations(players, stub).items():
         if number[name]:
             flops[name], at_most = count(turn)
             peak = max(peak, at_most)
@@ -341,15 +338,15 @@ def in_words(size: float) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, and bytes at the peak, of a few real passes and turns with random weights."""
+    """Seconds, and bytes at the peak, of a few real passes and iterations with random weights."""
 
     teacher_pass: float
-    turns: Mapping[str, float]
+    iterations: Mapping[str, float]
     peak: int
 
 
 def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
-    """Takes real turns on random weights on the run's own device; the first of each kind is not timed.
+    """Makes real iterations on random weights on the run's own device; the first of each kind is not timed.
 
     On a CPU the peak is that of the whole process.
     """
@@ -372,7 +369,7 @@ def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
 
         return work
 
-    seconds = {name: duration(whole(turn), device, repeats) for name, turn in turns(players, stub).items()}
+    seconds = {name: duration(whole(turn), device, repeats) for name, turn in iterations(players, stub).items()}
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
     return Measured(of_pass, seconds, peak)
 
@@ -417,13 +414,13 @@ def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], 
         fits = "" if plan.peak + CONTEXT < memory * 2**30 else "   does not fit"
         lines.append(f"  {name:36} {plan.hours(rate, 'trajectories'):12.2f} {plan.hours(rate, 'training'):10.2f}{fits}")
     if measured:
-        counts, settings = turn_counts(config), config.trajectories
+        counts, settings = iteration_counts(config), config.trajectories
         rows = min(settings.batch_size, settings.count)
         rolling = measured.teacher_pass * config.rolled_slots * settings.fine_steps * settings.count / rows
-        training = sum(counts[name] * seconds for name, seconds in measured.turns.items())
+        training = sum(counts[name] * seconds for name, seconds in measured.iterations.items())
         lines += [f"  {'measured here':36} {rolling / 3600:12.2f} {training / 3600:10.2f}"]
         lines += [f"Measured here, {config.torch_device}, {torch.get_num_threads()} CPU threads, random weights"]
         lines += [f"  {f'a fine step of {rows} trajectories':36} {measured.teacher_pass:10.3f} s"]
-        lines += [f"  {f'iteration, {name}':36} {seconds:10.3f} s" for name, seconds in measured.turns.items()]
+        lines += [f"  {f'iteration, {name}':36} {seconds:10.3f} s" for name, seconds in measured.iterations.items()]
         lines += [f"  {'memory at the peak':36} {in_words(measured.peak):>12}"]
     return "\n".join(lines)
