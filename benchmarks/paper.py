@@ -185,10 +185,14 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
 
 
 def sweeps() -> list[Spec]:
-    """Settings, one at a time, of what wins above: followed positions, the absolute term alone, critics. Where that itself
-    belongs into a table, it is the one of "library". Seeds are told apart there and in the ablation."""
+    """Settings, one at a time, of what wins above: followed positions, the absolute term alone; without critics, unless it is
+    they that are looked at. Where that itself belongs into a table, it is the one of "ablation", with critics of "library".
+    Seeds are told apart there."""
 
     def spec(table: str, name: str, settings: Sequence[str], **given: Any) -> Spec:
+        return Spec(table, name, settings=[*FOLLOWED, *ABSOLUTE, *NO_CRITICS, *settings], **given)
+
+    def with_critics(table: str, name: str, settings: Sequence[str], **given: Any) -> Spec:
         return Spec(table, name, settings=[*FOLLOWED, *ABSOLUTE, *settings], **given)
 
     forms = {
@@ -201,29 +205,34 @@ def sweeps() -> list[Spec]:
         "from the beginning": ["critics.start=0"],
         "from three quarters on": ["critics.start=0.75"],
     }  # fmt: skip
-    specs = [spec("critic", name, own) for name, own in forms.items()]
-    specs += [spec("weights", f"adversarial weight {w:g}", [f"critics.adversarial_weight={w}"]) for w in (0.1, 0.2, 0.8)]
+    specs = [with_critics("critic", name, own) for name, own in forms.items()]
     both = "training.relative_weight=1"
-    specs += [spec("weights", f"both terms, w_n = {w:g}", [both, f"training.absolute_weight={w}"]) for w in (0.1, 0.5, 1, 2)]
+    specs += [spec("weights", f"both terms, w_n = {w:g}", [both, f"training.absolute_weight={w}"]) for w in (0.1, 0.5, 2)]
     by_slot = {"w_0 = 4": "[4,1,1,1]", "w_3 = 4": "[1,1,1,4]"}
     specs += [spec("weights", name, [f"training.absolute_weight={w}"]) for name, w in by_slot.items()]
+    stored = "training.positions=stored"
+    for delta in (2, 5):
+        settings = [stored, both, "trajectories.fine_steps=10", f"trajectories.delta={delta}"]
+        specs.append(spec("weights", f"both terms, stored positions of M = 10, delta {delta}", settings))
+    weights = (0.1, 0.8)  # 0.4 is the default
+    specs += [
+        with_critics("weights", f"critics, adversarial weight {w:g}", [f"critics.adversarial_weight={w}"]) for w in weights
+    ]
     specs += [spec("rank", f"student {r}", [f"student.rank={r}"]) for r in (1, 4, 64)]
-    specs += [spec("rank", "critic 1", ["critics.rank=1"]), spec("rank", "critic of heads only", [], method="rapm-heads-only")]
+    specs.append(with_critics("rank", "critics of rank 1", ["critics.rank=1"]))
+    specs.append(with_critics("rank", "critics of heads only", [], method="rapm-heads-only"))
     for n, m in ((1, 12), (2, 6), (4, 3), (8, 2)):
         settings = [f"trajectories.slots={n}", f"trajectories.fine_steps={m}"]
         specs.append(spec("steps", f"trained for {n} (M = {m})", settings, steps=(1, 2, 4, 8) if n == 4 else (n,)))
     specs += [spec("trajectories", f"followed, {count} of M = 3", [], first=count) for count in (16, 64, 256)]
     specs += [spec("trajectories", f"followed, 1000 of M = {m}", [f"trajectories.fine_steps={m}"]) for m in (1, 5, 10)]
-    stored = "training.positions=stored"
     for fine in (5, 10, 25, 50):
         for count in (16, 64, 256, 1000) if fine <= 10 else (16, 64, 256):
             settings = [stored, f"trajectories.fine_steps={fine}"]
             if fine > 10:  # a rollout of 1,000 would take an hour and more
                 settings.append("trajectories.count=256")
-            specs.append(spec("trajectories", f"stored, {count} of M = {fine}", settings, first=count))
-    for delta in (2, 5):
-        settings = [stored, both, "trajectories.fine_steps=10", f"trajectories.delta={delta}"]
-        specs.append(spec("weights", f"both terms, stored positions of M = 10, delta {delta}", settings))
+            if (fine, count) != (10, 1000):  # that is one of "ablation"
+                specs.append(spec("trajectories", f"stored, {count} of M = {fine}", settings, first=count))
     return specs
 
 

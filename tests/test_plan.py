@@ -66,7 +66,13 @@ def test_a_logged_loss_is_no_obstacle() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "slot_batch", "source"),
-    [("sd15", 1, "followed"), ("sd15", 2, "stored"), ("sd15", 3, "stored"), ("sd21", 1, "stored"), ("sdxl", 1, "stored")],
+    [
+        ("sd15", 1, "followed"),
+        ("sd15", 2, "followed"),
+        ("sd15", 3, "stored"),
+        ("sd21", 1, "stored"),
+        ("sdxl", 1, "stored"),
+    ],
 )
 def test_flops_are_those_of_real_iterations(
     tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str
@@ -125,6 +131,19 @@ def test_disk_and_iterations_are_those_of_the_run(
     assert learned["adapters and heads"] == held(".weights.")
     assert learned["their average"] == held("average.")
     assert learned["optimiser"] == pytest.approx(held(".optimizer."), rel=0.01)  # counts of steps aside
+
+
+def test_one_group_of_slots_tells_of_all(tiny_config: Config) -> None:
+    """Memory of whole iterations, though one group of three is counted: gradients of earlier groups are there, too."""
+    config = changed(tiny_config, training={"positions": "followed"}, student={"rank": 32})
+    teacher = teacher_of(config)
+    stub, peaks = Stub(config, teacher, "meta"), []
+    players = make_players(config, load_backbone(without_weights(teacher), config, "meta"), stub, teacher.schedule)  # type: ignore[arg-type]
+    for turn in iterations(players, stub).values():
+        peaks.append(count(turn)[1])
+        for learner in (players.student, *players.critics.values()):
+            learner.optimizer.zero_grad(set_to_none=True)
+    assert make_plan(config, teacher).memory["training"]["gradients and activations"] == pytest.approx(max(peaks), rel=0.02)
 
 
 def test_memory_follows_the_settings(tiny_config: Config) -> None:

@@ -211,11 +211,10 @@ def iteration_counts(config: Config) -> dict[str, int]:
 def make_plan(config: Config, teacher: Teacher) -> Plan:
     """Counts what a run of this configuration costs."""
     bare, settings, slot_batch = without_weights(teacher), config.trajectories, config.training.slot_batch
-    # Groups of slots of one size cost the same, so one is counted; but where positions are followed the first slot costs less.
-    alike = config.training.positions == "stored" and settings.slots % slot_batch == 0
-    counted = slot_batch if alike else settings.slots
+    # Groups of slots of one size cost the same but for the teacher's passes, which are counted once and multiplied.
+    counted = slot_batch if settings.slots % slot_batch == 0 else settings.slots
     groups = settings.slots // counted
-    fewer = {"slots": counted, "fine_steps": settings.delta}  # the teacher's other passes, all alike, are added below
+    fewer = {"slots": counted, "fine_steps": settings.delta}
     one = config.model_copy(update={"trajectories": settings.model_copy(update=fewer)})
     stub = Stub(one, teacher, "meta")
     backbone = load_backbone(bare, one, "meta")
@@ -230,13 +229,17 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     number, flops, peak = iteration_counts(config), {}, 0
     for name, turn in iterations(players, stub).items():
         if number[name]:
-            flops[name], at_most = count(turn)
-            peak = max(peak, at_most)
+            there = _gradients_before(name, players) if groups > 1 else 0
+            of_group, at_most = count(turn)
+            flops[name], peak = groups * of_group, max(peak, there + at_most)
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
-    if config.training.positions == "followed":
-        uncounted = (settings.fine_steps - settings.delta) * (settings.slots - 1) * config.training.batch_size
-        flops = {name: counted_flops + uncounted * pass_flops / rows for name, counted_flops in flops.items()}
+    if config.training.positions == "followed":  # from the second slot on
+        batch = config.training.batch_size
+        of_pass, at_most = count(teacher_pass(one, backbone, stub, batch * slot_batch))
+        made = settings.delta * (counted - 1) * groups
+        left = (settings.fine_steps * (settings.slots - 1) - made) * of_pass / slot_batch
+        flops, peak = {name: whole + left for name, whole in flops.items()}, max(peak, at_most)
     fine = config.rolled_slots * settings.fine_steps
     return Plan(
         disk=_disk(config, teacher, adapters + state + student),
@@ -258,9 +261,19 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
         },
         flops={
             "trajectories": pass_flops * fine * settings.count / rows,
-            "training": float(sum(number[name] * groups * flops[name] for name in flops)),
+            "training": float(sum(number[name] * flops[name] for name in flops)),
         },
     )
+
+
+def _gradients_before(kind: str, players: Players) -> int:
+    """Gives parameters the gradients that they have from earlier groups of slots, and their bytes: the student's, and the
+    critics' once they learn."""
+    learners = [players.student, *(players.critics.values() if kind == "critics" else ())]
+    parameters = [parameter for learner in learners for parameter in learner.parameters.values()]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return _bytes(iter(parameters))
 
 
 def _disk(config: Config, teacher: Teacher, checkpoint: int) -> dict[str, int]:
