@@ -134,16 +134,20 @@ def test_disk_and_iterations_are_those_of_the_run(
 
 
 def test_one_group_of_slots_tells_of_all(tiny_config: Config) -> None:
-    """Memory of whole iterations, though one group of three is counted: gradients of earlier groups are there, too."""
+    """FLOPs and memory of whole iterations, though one group of three is counted; earlier groups leave gradients, too."""
     config = changed(tiny_config, training={"positions": "followed"}, student={"rank": 32})
     teacher = teacher_of(config)
-    stub, peaks = Stub(config, teacher, "meta"), []
+    stub, number, flops, peaks = Stub(config, teacher, "meta"), iteration_counts(config), 0, []
     players = make_players(config, load_backbone(without_weights(teacher), config, "meta"), stub, teacher.schedule)  # type: ignore[arg-type]
-    for turn in iterations(players, stub).values():
-        peaks.append(count(turn)[1])
+    for name, turn in iterations(players, stub).items():
+        of_all, peak = count(turn)
+        flops += number[name] * of_all
+        peaks.append(peak)
         for learner in (players.student, *players.critics.values()):
             learner.optimizer.zero_grad(set_to_none=True)
-    assert make_plan(config, teacher).memory["training"]["gradients and activations"] == pytest.approx(max(peaks), rel=0.02)
+    plan = make_plan(config, teacher)
+    assert plan.flops["training"] == pytest.approx(flops)
+    assert plan.memory["training"]["gradients and activations"] == pytest.approx(max(peaks), rel=0.02)
 
 
 def test_memory_follows_the_settings(tiny_config: Config) -> None:
