@@ -14,15 +14,16 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from rapm.config import Config
@@ -74,8 +75,17 @@ class Plan:
 # -------------------------------------------------------------------------------------------------------------------- counting
 
 
+FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # torch leaves the second out
+
+
 class _Account(TorchDispatchMode):
-    """Counts, on the meta device: FLOPs, and the bytes of all storages that came to be and are alive, now and at the most."""
+    """Counts, on the meta device: FLOPs, and the bytes of all storages that came to be and are alive, now and at the most.
+
+    Torch finds the form of most results in Python, which takes most of the time, and a network asks the same again and again:
+    what an operation came to is kept, unless its result is a view.
+    """
+
+    _known: ClassVar[dict[Any, tuple[int, list[Any], Any]]] = {}  # FLOPs, forms of results, their structure
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,22 +98,58 @@ class _Account(TorchDispatchMode):
             return 1.0  # a loss that is logged
         if func is torch.ops.aten._to_copy.default and args[0].is_meta:
             kwargs = kwargs | {"device": torch.device("meta")}  # a result that would leave the GPU
-        out = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        kind = _kind(func)
+        asked = None if kind == "view" else (func, _form(args), _form(tuple(kwargs.items())))
+        if asked in self._known:
+            flops, forms, structure = self._known[asked]
+            self.flops += flops
+            if kind == "in place":
+                return args[0]
+            made = [form and torch.empty_strided(form[0], form[1], dtype=form[2], device="meta") for form in forms]
+            for tensor in made:
+                if tensor is not None:
+                    self._came(tensor.untyped_storage())
+            return tree_unflatten(made, structure)
+        out, flops = func(*args, **kwargs), 0
+        if func._overloadpacket in FLOPS:
+            flops = FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
+        self.flops += flops
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive and storage._cdata not in given:  # else a view of what was there before
-                    self._alive[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._free, storage._cdata)
+        results, structure = tree_flatten(out)
+        for tensor in results:
+            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in given:
+                self._came(tensor.untyped_storage())  # else a view of what was there before
+        if asked is not None and all(t is None or (isinstance(t, Tensor) and t.is_meta) for t in results):
+            self._known[asked] = flops, [None if t is None else _form(t) for t in results], structure
         return out
+
+    def _came(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata)
 
     def _free(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
+
+
+@cache
+def _kind(func: Any) -> str:
+    """Whether an operation's result is "new", its first argument changed "in place", or maybe a "view" of what is given."""
+    schema = func._schema
+    if not schema.is_mutable and all(value.alias_info is None for value in (*schema.arguments, *schema.returns)):
+        return "new"
+    return "in place" if schema.name.removesuffix("_") in ("aten::add", "aten::addmm", "aten::mul") else "view"
+
+
+def _form(value: Any) -> Any:
+    """All of an argument that the form of results can depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_form, value))
+    return type(value), value  # 1, 1.0 and True are one key otherwise
 
 
 @contextmanager
