@@ -140,7 +140,7 @@ def _kind(func: Any) -> str:
     schema = func._schema
     if not schema.is_mutable and all(value.alias_info is None for value in (*schema.arguments, *schema.returns)):
         return "new"
-    return "in place" if schema.name.removesuffix("_") in ("aten::add", "aten::addmm", "aten::mul") else "view"
+    return "in place" if schema.name in ("aten::add_", "aten::addmm_", "aten::mul_") else "view"
 
 
 def _form(value: Any) -> Any:
