@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rapm import config as configuration
 from rapm.config import Config, load
+from rapm.counting import count
 from rapm.doctor import examine
 from rapm.errors import UserError
 from rapm.plan import (
@@ -21,7 +22,6 @@ from rapm.plan import (
     SHARE_OF_PEAK,
     Stub,
     check_room,
-    count,
     iteration_counts,
     iterations,
     make_plan,
