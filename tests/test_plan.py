@@ -273,3 +273,5 @@ def test_the_doctor_finds_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(line.startswith("! HF_HUB_OFFLINE is set") for line in lines)
     if not torch.cuda.is_available():
         assert any(line.startswith("! ") and "fine for the toy teacher" in line for line in lines)
+        monkeypatch.setattr("rapm.doctor.cpu_has_bfloat16", lambda: False)
+        assert any("--set precision=float32" in line for line in examine())

@@ -43,6 +43,8 @@ def _gpu() -> Iterator[str]:
             yield "! This torch was built without CUDA, fine for the toy teacher; for others install torch for your GPU"
         else:
             yield "! torch sees no GPU, fine for the toy teacher; for others see that the driver works (nvidia-smi)"
+        if not cpu_has_bfloat16():
+            yield "! This CPU has no bfloat16, which takes it tens of times as long as float32: --set precision=float32"
         return
     free, total = torch.cuda.mem_get_info()
     yield f"{torch.cuda.get_device_name()}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free, CUDA {torch.version.cuda}"
@@ -50,6 +52,12 @@ def _gpu() -> Iterator[str]:
         yield "! Other programs hold much of the GPU's memory; close them before a run"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "! This GPU has no bfloat16; take precision = 'float16'"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16; without them torch takes tens of times as long as in float32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch was built without oneDNN
+    return supported is not None and supported()
 
 
 def _hub() -> Iterator[str]:

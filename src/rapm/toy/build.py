@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from rapm.doctor import cpu_has_bfloat16
 from rapm.files import complete_or_absent, complete_or_absent_folder, load_tensors, save_tensors, write_json, write_text
 from rapm.toy import GUIDANCE_SCALE
 from rapm.toy.fit import Stage, fit
@@ -58,6 +59,11 @@ def _fit(name: str, stage: Stage, model: nn.Module, loss_of: Callable[[torch.Gen
 def _save(model: AutoencoderKL | CLIPTextModel | UNet2DConditionModel, target: Path) -> None:
     with complete_or_absent_folder(target) as folder:
         model.cpu().save_pretrained(folder)
+
+
+def _half(device: str) -> torch.autocast:
+    """bfloat16 where that is fast."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or cpu_has_bfloat16())
 
 
 def _pick(generator: torch.Generator, count: int, size: int) -> Tensor:
@@ -202,7 +208,7 @@ def build_vae(folder: Path, device: str) -> AutoencoderKL:
 
         def loss_of(generator: torch.Generator) -> Tensor:
             x = to_tensor(images[_pick(generator, len(images), RECIPE["vae"].batch).numpy()], device)
-            with torch.autocast(device, torch.bfloat16):
+            with _half(device):
                 posterior = vae.encode(x).latent_dist
                 mean, logvar = posterior.mean.float(), posterior.logvar.float()
                 y = vae.decode(mean + torch.exp(0.5 * logvar) * _normal(generator, mean)).sample.float()
@@ -345,7 +351,7 @@ def new_scheduler() -> DDIMScheduler:
 def _latents(vae: AutoencoderKL, images: np.ndarray, file: Path, device: str) -> Tensor:
     if not file.exists():
         print("encoding the scenes", flush=True)
-        with torch.autocast(device, torch.bfloat16):
+        with _half(device):
             means = [
                 vae.encode(to_tensor(images[i : i + 128], device)).latent_dist.mean.float().cpu()
                 for i in range(0, len(images), 128)
