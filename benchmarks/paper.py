@@ -1,5 +1,6 @@
 """Small distillations of the embedded teacher, in tables: what the paper claims, what the neighbours do, what settings do.
 
+    python benchmarks/textured.py --out .paper/textured        # another world for one of the tables
     python benchmarks/paper.py --out .paper                    # everything; stop it any time, the same command goes on
     python benchmarks/paper.py --out .paper --table ablation   # one table
     python benchmarks/paper_report.py .paper                   # docs/results.md and its figures
@@ -76,6 +77,7 @@ class Spec:
         first: trajectories taken of those stored; 0 is all.
         steps: the numbers of steps it is sampled with, if not N alone.
         curve: scored at each quarter, too.
+        world: the folder, in OUT, of another world than the embedded one.
     """
 
     table: str
@@ -87,6 +89,7 @@ class Spec:
     first: int = 0
     steps: Sequence[int] = ()
     curve: bool = False
+    world: str = ""
 
     @property
     def key(self) -> str:
@@ -97,12 +100,14 @@ class Spec:
         """Whether it learns from trajectories rolled out before."""
         return self.method.startswith("rapm") or self.method == "regression"
 
-    def config(self) -> Config:
+    def config(self, out: Path) -> Config:
         """With so many iterations that the student gets its updates."""
         given = [*SHARED, *self.settings, f"training.seed={self.seed}"]
         if not self.uses_store:
             given.append("trajectories.count=1")  # for what a store says besides
-        config = configuration.load(teacher="toy", settings=given)
+        place = in_world(out / self.world)
+        assert place or not self.world, f"{out / self.world} is not built"
+        config = configuration.load(preset="toy", settings=[*place, *given])
 
         def with_iterations(number: int) -> Config:
             kept = {"iterations": number, "checkpoint_every": -(-number // 4), "keep_checkpoints": 4 if self.curve else 1}
@@ -118,6 +123,19 @@ class Spec:
         if self.method.startswith("rapm"):
             return sum(not training.critics_alone(config, k) for k in range(iterations))
         return iterations // METHODS[self.method].turns
+
+
+def in_world(home: Path) -> list[str]:
+    """Settings that take the teacher and the captions of the world that was built in a folder; of the embedded one, if none."""
+    if not (home / "captions.txt").is_file():
+        return []
+    return [f"teacher={home / 'assets' / 'teacher'}", f"trajectories.prompts={home / 'captions.txt'}"]
+
+
+def oracle_of(home: Path) -> Oracle:
+    """The oracle of that world."""
+    own = home / "assets" / "oracle.safetensors"
+    return Oracle.load(own if own.is_file() else ORACLE)
 
 
 def ablation() -> list[Spec]:
@@ -264,10 +282,24 @@ def longer() -> list[Spec]:
     ]
 
 
-def tables(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Spec]]:
+def textured(out: Path) -> list[Spec]:
+    """In a world of more texture, once ``benchmarks/textured.py`` has built it: whether critics are worth more there."""
+    if not in_world(out / "textured"):
+        return []
+    followed = [*FOLLOWED, *ABSOLUTE]
+    specs = [
+        Spec("textured", "stored, absolute only", settings=[*ABSOLUTE, *NO_CRITICS]),
+        Spec("textured", "stored, absolute only, with critics", settings=ABSOLUTE),
+        Spec("textured", "followed, absolute only", settings=[*followed, *NO_CRITICS]),
+        Spec("textured", "followed, absolute only, with critics", settings=followed),
+    ]
+    return [replace(spec, seed=seed, world="textured") for seed in SEEDS for spec in specs]
+
+
+def tables(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
     named: dict[str, list[Spec]] = {}
-    for spec in [*ablation(), *neighbours(lines), *library(), *longer(), *sweeps()]:
+    for spec in [*ablation(), *neighbours(lines), *library(), *longer(), *sweeps(), *textured(out)]:
         named.setdefault(spec.table, []).append(spec)
     return named
 
@@ -431,12 +463,12 @@ class ConsistencyStudio(Studio):
         return z
 
 
-def reference(out: Path) -> protocol.Measured:
-    """The teacher at 20 steps on the validation captions; the second seeds for all of them, the first for the pairs."""
-    file = out / "reference.safetensors"
+def reference(home: Path) -> protocol.Measured:
+    """A world's teacher at 20 steps on the validation captions; the second seeds for all of them, the first for the pairs."""
+    file = home / "reference.safetensors"
     if not file.is_file():
-        studio = open_studio(Run(Path("."), configuration.load(teacher="toy")), student=False)
-        oracle = Oracle.load(ORACLE)
+        studio = open_studio(Run(Path("."), configuration.load(preset="toy", settings=in_world(home))), student=False)
+        oracle = oracle_of(home)
         first, second = (
             [protocol.draw(studio, oracle, TEACHER, 20, "validation", (which, i)) for i in range(0, captions, 50)]
             for which, captions in (("first", protocol.PAIRS), ("second", protocol.CAPTIONS))
@@ -485,9 +517,9 @@ def rollout_of_one(config: Config, teacher: Teacher) -> float:
     return taken * config.rolled_slots * settings.fine_steps / rows
 
 
-def score_run(spec: Spec, run: Run, many: protocol.Measured, rollout: float, stored: int) -> list[dict[str, Any]]:
+def score_run(spec: Spec, run: Run, home: Path, rollout: float, stored: int) -> list[dict[str, Any]]:
     """A line for each number of steps, and each quarter of a curve. ``rollout`` is of one of the ``stored`` trajectories."""
-    oracle, lines = Oracle.load(ORACLE), []
+    oracle, many, lines = oracle_of(home), reference(home), []
     records = run.read_metrics()
     slots = run.config.trajectories.slots
     for step in run.checkpoint_steps() if spec.curve else run.checkpoint_steps()[-1:]:
@@ -525,21 +557,21 @@ class View:
         return replace(row, coarse=row.coarse[:: self.every], nudged=row.nudged[self.every - 1 :: self.every])
 
 
-def store_run(out: Path, config: Config) -> Run:
-    """Where the trajectories are that a run's are seen in; shared by all runs that can have them."""
+def store_run(home: Path, config: Config) -> Run:
+    """Where the trajectories are that a run's are seen in; shared by all runs of a world that can have them."""
     settings, delta = config.trajectories, config.trajectories.delta
     if config.training.positions == "followed":  # the noise and the first slot alone
-        return Run(out / "stores" / f"{settings.slots}x{settings.fine_steps}-{delta}-{settings.count}-followed", config)
+        return Run(home / "stores" / f"{settings.slots}x{settings.fine_steps}-{delta}-{settings.count}-followed", config)
     fine = settings.slots * settings.fine_steps
     slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
     own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})
     name = f"{slots}x{fine // slots}-{delta}-{settings.count}"
-    return Run(out / "stores" / name, config.model_copy(update={"trajectories": own}))
+    return Run(home / "stores" / name, config.model_copy(update={"trajectories": own}))
 
 
 def make_stores(out: Path, specs: Sequence[Spec]) -> None:
     """The trajectories that runs take."""
-    stores = [store_run(out, spec.config()) for spec in specs]
+    stores = [store_run(out / spec.world, spec.config(out)) for spec in specs]
     for run in {store.folder: store for store in stores}.values():
         make_trajectories(run)
 
@@ -547,9 +579,9 @@ def make_stores(out: Path, specs: Sequence[Spec]) -> None:
 def train_one(spec: Spec, out: Path) -> tuple[Run, TrajectoryStore]:
     """Trains one run, unless it is trained, on the trajectories that are returned with it."""
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    config = spec.config()
+    config = spec.config(out)
     run = Run.open(out / "runs" / spec.key.replace(" ", "-"), config)
-    teacher, stored = teacher_of(config), TrajectoryStore.open(store_run(out, config).trajectories)
+    teacher, stored = teacher_of(config), TrajectoryStore.open(store_run(out / spec.world, config).trajectories)
     store: Any = View(stored, spec.first or len(stored), config.trajectories.slots)
     if run.checkpoint_steps()[-1:] != [config.training.iterations]:
         if spec.method.startswith("rapm"):
@@ -564,7 +596,7 @@ def execute(spec: Spec, out: Path) -> dict[str, Any]:
     """Trains and scores one run."""
     run, store = train_one(spec, out)
     rollout = rollout_of_one(run.config, teacher_of(run.config)) if spec.uses_store else 0.0
-    lines = score_run(spec, run, reference(out), rollout, len(store))
+    lines = score_run(spec, run, out / spec.world, rollout, len(store))
     return {"key": spec.key, **asdict(spec), "iterations": run.config.training.iterations, "lines": lines}
 
 
@@ -600,8 +632,10 @@ def read(out: Path) -> list[dict[str, Any]]:
 def run_all(out: Path, left: Sequence[Spec], jobs: int) -> None:
     """Runs side by side, each in its own process on its own core."""
     make_stores(out, left)
-    reference(out)
-    pictures(out, open_studio(Run(out / "stores", left[0].config()), student=False))
+    for world in {spec.world for spec in left}:
+        reference(out / world)
+    if any(spec.method in METHODS for spec in left):
+        pictures(out, open_studio(Run(out / "stores", configuration.load(teacher="toy")), student=False))
     cores: Queue[int] = Queue()
     for core in range(jobs):
         cores.put(core)
@@ -650,7 +684,7 @@ def main() -> None:
     tried: set[str] = set()
     while True:
         done = read(arguments.out)
-        every = tables(done)
+        every = tables(done, arguments.out)
         chosen = [spec for name, specs in every.items() if arguments.table in ("", name) for spec in specs]
         if arguments.key:
             print(json.dumps(execute(next(spec for spec in chosen if spec.key == arguments.key), arguments.out)))
