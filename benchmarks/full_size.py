@@ -1,12 +1,12 @@
 """Time and memory of full-size networks with random weights, beside the bare networks' and PCM's.
 
-    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512 and SDXL at 1024 on a GPU; without one, SD 1.5 at 256
+    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512, SDXL at 1024 on a GPU; on a CPU SD 1.5 at 256
     python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables
 
 Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. An
 iteration is a turn of the student's, with critics, and then the critics' from the way it went; the first is not timed. On a
 GPU memory is torch's own peak, on a CPU the growth of the process's resident memory at its peak over what it was before the
-network came.
+network came. A CPU without bfloat16 is given float32.
 
 The floor: the network passes that a turn made, made again by the network alone, with backward passes where the turn had them;
 once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the same N positions, one of
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from rapm import config as configuration
 from rapm.config import Config
+from rapm.doctor import cpu_has_bfloat16
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
 from rapm.plan import Stub, duration, given, make_plan, peak_of_process, teacher_pass, without_weights
@@ -73,16 +74,22 @@ PAPER = [*TOY["stored positions, both terms"], "trajectories.fine_steps=25"]
 
 
 def cases(on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """What is run: the model, its size in pixels, a name, its settings."""
+    """What is run: the model, its size in pixels, the network's precision, a name, settings."""
+    half = "bfloat16" if on_gpu or cpu_has_bfloat16() else "float32"
     for model, size in [("toy", 64), ("sd15", 512), ("sdxl", 1024)] if on_gpu else [("toy", 64), ("sd15", 256)]:
+        precision = "float32" if model == "toy" else half
         for name, settings in (TOY if model == "toy" else {**SETTINGS, **PCM}).items():
-            yield {"model": model, "size": size, "name": name, "settings": settings}
+            yield {"model": model, "size": size, "precision": precision, "name": name, "settings": settings}
+
+
+def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(case[part] for part in ("model", "size", "precision", "name"))
 
 
 def config_of(case: Mapping[str, Any]) -> Config:
     if case["model"] == "toy":
         return configuration.load(teacher="toy", settings=case["settings"])
-    given = ["precision=bfloat16", f"trajectories.size={case['size']}x{case['size']}", "trajectories.batch_size=1"]
+    given = [f"precision={case['precision']}", f"trajectories.size={case['size']}x{case['size']}", "trajectories.batch_size=1"]
     return configuration.load(teacher=f"random:{case['model']}", settings=[*given, *PAPER, *case["settings"]])
 
 
@@ -296,9 +303,9 @@ def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str
 
 def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
     rows = json.loads(out.read_text()) if out.exists() else []
-    done = {(row["model"], row["size"], row["name"]) for row in rows if "error" not in row}
+    done = {key_of(row) for row in rows if "error" not in row}
     for case in cases(torch.cuda.is_available()):
-        key = (case["model"], case["size"], case["name"])
+        key = key_of(case)
         if key in done or only not in " ".join(map(str, key)):
             continue
         command = [
@@ -318,7 +325,7 @@ def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
             if result.returncode == 0
             else {**case, "error": (result.stderr.strip() or "?").splitlines()[-1]}
         )
-        rows = [old for old in rows if (old["model"], old["size"], old["name"]) != key] + [row]
+        rows = [old for old in rows if key_of(old) != key] + [row]
         out.write_text(json.dumps(rows, indent=1))
         print(key, {name: row.get(name) for name in ("turns", "memory", "wall", "error")}, flush=True)
     for row in rows:  # only now: counting takes time and memory too
@@ -332,21 +339,18 @@ def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one table for each model and size."""
+    """Markdown, one table for each model, size and precision."""
     titles = ("settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
               "trajectories an hour", "peak, GiB", "planned, GiB", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
     order = [*TOY, *SETTINGS, *PCM]
     rows = sorted(rows, key=lambda row: order.index(row["name"]))
     parts: list[str] = []
-    for kind in dict.fromkeys((row["model"], row["size"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["size"]) == kind]
-        dtype, device = (
-            "float32" if kind[0] == "toy" else "bfloat16",
-            next(f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row),
-        )
+    for kind in dict.fromkeys(key_of(row)[:-1] for row in rows):
+        own = [row for row in rows if key_of(row)[:-1] == kind]
+        device = next(f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row)
         beside = {row["name"]: row for row in own if row["name"] in PCM and "error" not in row}
         parts += [
-            f"{kind[0]} at {kind[1]} pixels, {dtype}, on {device}:",
+            f"{kind[0]} at {kind[1]} pixels, {kind[2]}, on {device}:",
             markdown(titles, [cells_of(row, beside) for row in own]),
         ]
     return "\n\n".join(parts)
