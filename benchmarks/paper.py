@@ -291,6 +291,7 @@ def textured(out: Path) -> list[Spec]:
         Spec("textured", "stored, absolute only", settings=[*ABSOLUTE, *NO_CRITICS]),
         Spec("textured", "stored, absolute only, with critics", settings=ABSOLUTE),
         Spec("textured", "followed, absolute only", settings=[*followed, *NO_CRITICS]),
+        Spec("textured", "followed, absolute only, as long as with critics", settings=[*followed, *NO_CRITICS], updates=730),
         Spec("textured", "followed, absolute only, with critics", settings=followed),
     ]
     return [replace(spec, seed=seed, world="textured") for seed in SEEDS for spec in specs]
