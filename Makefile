@@ -26,7 +26,7 @@ lint: setup  ## ruff check, ruff format --check, pyright
 	@$(BIN)/pyright
 
 test: lint  ## lint, then the tests, in two processes side by side
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 demo: setup  ## distil the embedded toy teacher into runs/demo and check the scores (CPU, no download)
 	@$(BIN)/rapm distill --teacher toy --out runs/demo

@@ -18,7 +18,7 @@ from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, Denoiser
 from rapm.run import Run
 from rapm.schedule import Schedule, trailing_timesteps
-from rapm.teacher import Teacher, teacher_of
+from rapm.teacher import Teacher, move, teacher_of
 from rapm.trajectories import check_facts, guided, picture_noise
 
 
@@ -67,12 +67,12 @@ class Studio:
 
     def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
         """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...]."""
-        texts, family = self._texts.to(self.backbone.device), self.teacher.family
+        texts, family = move(self._texts, self.backbone.device), self.teacher.family
         try:
             sizes = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in self._of_size.items()}
             return family.encode(texts, prompts) | sizes, family.unconditional(texts, self.negative_prompt)
         finally:
-            texts.to("cpu")
+            move(texts, "cpu")
 
     @torch.no_grad()
     def latents(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:

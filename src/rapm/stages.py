@@ -25,7 +25,7 @@ from rapm.objective import Conditioning
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.teacher import Teacher, load_backbone, teacher_of
+from rapm.teacher import Teacher, load_backbone, move, teacher_of
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
@@ -180,7 +180,7 @@ def _encode(teacher: Teacher, prompts: Sequence[Prompt], config: Config) -> tupl
     texts = teacher.load(teacher.family.text_parts, config.torch_dtype, config.torch_device)
     negative = config.trajectories.negative_prompt
     encoded = teacher.family.encode(texts, [prompt.text for prompt in prompts]), teacher.family.unconditional(texts, negative)
-    texts.to("cpu")
+    move(texts, "cpu")
     return encoded
 
 

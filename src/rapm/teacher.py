@@ -126,7 +126,7 @@ class Teacher:
                 pipeline = self.family.pipeline.from_pretrained(
                     self.folder, dtype=precision, use_safetensors=True, variant=self._variant(parts), **absent
                 )
-            pipeline.to(device)
+            move(pipeline, device)
         except _UNREADABLE as error:
             raise UserError(f"teacher '{self.source}' cannot be loaded: {_first_line(error)}") from None
         pipeline.set_progress_bar_config(disable=True)
@@ -293,6 +293,11 @@ def architecture_of(config: Config) -> Teacher:
     """A run's teacher for planning: of the published models the shipped configs are enough, so nothing is downloaded."""
     published = PUBLISHED.get(config.teacher.partition("@")[0])
     return replace(find_teacher(published), source=config.teacher) if published else teacher_of(config)
+
+
+def move(pipeline: Any, device: str | torch.device) -> Any:
+    """``pipeline.to`` without diffusers' warnings that a CPU cannot compute in float16: it can, or the part just waits."""
+    return pipeline.to(device, silence_dtype_warnings=True)
 
 
 def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
