@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rapm.schedule import Schedule
 from rapm.toy import TEACHER
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+gc.freeze()  # a network is loaded after a collection, which would look through half a million objects of the imports each time
 
 
 SMALL = ("sd15", "sd21", "sdxl")  # the rows of the test table: small pipelines of the published kinds' own classes

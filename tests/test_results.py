@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
 from rapm.stages import distill_config, evaluate_run, make_trajectories, open_run, sample_run, train_run
-from rapm.teacher import find_teacher
+from rapm.teacher import Teacher, find_teacher
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -203,6 +207,32 @@ def test_fewer_bits_from_end_to_end(
     assert studio.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
     assert studio._pictures.vae.dtype == vae
     assert "cannot run with" not in caplog.text  # diffusers' word on float16, of a pipeline that leaves the GPU
+
+
+def test_one_network_at_a_time(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that holds one network holds no second one; chance collections, which would hide one that is left, are off."""
+    load, networks, left = Teacher.load, [], []
+
+    def watched(self: Teacher, parts: Sequence[str], *rest: Any) -> Any:
+        if parts == [self.family.network]:
+            left.append(sum(reference() is not None for reference in networks))
+        pipeline = load(self, parts, *rest)
+        if parts == [self.family.network]:
+            networks.append(weakref.ref(pipeline.unet))
+        return pipeline
+
+    monkeypatch.setattr(Teacher, "load", watched)
+    gc.disable()
+    try:
+        config = make_config(tiny_teacher, tmp_path, training={"iterations": 2, "warmup": 0})
+        run = open_run(config, tmp_path / "run")
+        make_trajectories(run)
+        train_run(run)
+        export_run(run)
+        sample_run(run, many_steps=2, count=1)
+    finally:
+        gc.enable()
+    assert left == [0, 0, 0, 0]  # for trajectories, training, export, pictures
 
 
 def test_the_file_carries_its_alpha_and_scale(finished: Run) -> None:

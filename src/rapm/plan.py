@@ -188,7 +188,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
                 "optimiser": state,
                 "gradients and activations": peak,
             },
-            "pictures": _pictures(bare, config, stub),
+            "pictures": _pictures(bare, config, stub, pass_peak),
         },
         calls={
             "trajectories": settings.count * fine * (1 if settings.guidance_scale == 1 else 2),
@@ -229,13 +229,16 @@ def _weights_of(bare: Teacher, config: Config) -> int:
     return sum(_bytes(bare.draw(part, config.torch_dtype, "meta").parameters()) for part in parts)
 
 
-def _pictures(bare: Teacher, config: Config, stub: Stub) -> dict[str, int]:
+def _pictures(bare: Teacher, config: Config, stub: Stub, pass_peak: int) -> dict[str, int]:
+    """Network and VAE stay; text encoders, sampling as in the rollout and the VAE take turns."""
     dtype = torch.float32 if config.precision == "float16" else config.torch_dtype
     network, vae = (bare.draw(part, own, "meta") for part, own in ((bare.family.network, config.torch_dtype), ("vae", dtype)))
     z = stub.trajectory.coarse[:1].to(dtype)
     with torch.no_grad():
         _, peak = count(lambda: vae.decode(z, return_dict=False))
-    return {"network": _bytes(network.parameters()), "VAE": _bytes(vae.parameters()), "VAE's activations": peak}
+    in_turn = {"text encoders": _weights_of(bare, config), "activations": pass_peak, "VAE's activations": peak}
+    most = max(in_turn, key=lambda part: in_turn[part])
+    return {"network": _bytes(network.parameters()), "VAE": _bytes(vae.parameters()), most: in_turn[most]}
 
 
 # ----------------------------------------------------------------------------------------------------------- what there is here

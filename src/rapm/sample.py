@@ -40,6 +40,7 @@ class Studio:
         backbone: the teacher's network; with a student's role or without.
         size: of the pictures, (width, height) in pixels; None is the teacher's own.
         guidance_scale: the teacher's.
+        batch_size: pictures sampled side by side.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Studio:
         guidance_scale: float,
         negative_prompt: str = "",
         size: tuple[int, int] | None = None,
+        batch_size: int = 8,
     ) -> None:
         self.teacher, self.backbone, self.guidance_scale = teacher, backbone, guidance_scale
-        self.negative_prompt = negative_prompt
+        self.negative_prompt, self.batch_size = negative_prompt, batch_size
         self.shape = teacher.latent_shape(size)
         self._of_size = teacher.family.of_size(*(size or teacher.size()))
 
@@ -75,21 +77,26 @@ class Studio:
             move(texts, "cpu")
 
     @torch.no_grad()
-    def latents(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:
+    def latents(
+        self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int | None = None
+    ) -> Tensor:
         """Latents [n, C, h, w] of prompt i from the noise of seed i, by the teacher (guided) or the student (guidance 1)."""
+        side_by_side = batch_size or self.batch_size
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
         conditioning, unconditional = self.encode(prompts)
         scale = self.guidance_scale if role == TEACHER else 1.0
         denoiser = guided(self.backbone, unconditional, scale)
         done = []
         with self.backbone.role(role):
-            for start in range(0, len(z), batch_size):
-                rows = slice(start, start + batch_size)
+            for start in range(0, len(z), side_by_side):
+                rows = slice(start, start + side_by_side)
                 own = {name: value[rows] for name, value in conditioning.items()}
                 done.append(sample(denoiser, self.teacher.schedule, z[rows].to(self.backbone.device), own, num_steps))
         return torch.cat(done)
 
-    def images(self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int = 32) -> Tensor:
+    def images(
+        self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int | None = None
+    ) -> Tensor:
         """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
         return self.teacher.family.decode(self._pictures, self.latents(role, prompts, seeds, num_steps, batch_size))
 
@@ -118,6 +125,7 @@ def open_studio(run: Run, *, student: bool = True) -> Studio:
         guidance_scale=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
         size=settings.sizes()[0],
+        batch_size=settings.batch_size,  # what the rollout fits in, pictures fit in
     )
 
 

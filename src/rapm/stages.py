@@ -30,6 +30,8 @@ from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
 
+Stage = Literal["trajectories", "training", "pictures"]
+
 
 def _prompts(config: Config) -> PromptList:
     settings = config.trajectories
@@ -96,7 +98,7 @@ def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
 
 
 @contextmanager
-def _within_memory(config: Config, stage: Literal["trajectories", "training"]) -> Iterator[None]:
+def _within_memory(config: Config, stage: Stage) -> Iterator[None]:
     """Tells what to change when memory does not suffice.
 
     Raises:
@@ -114,7 +116,7 @@ def _within_memory(config: Config, stage: Literal["trajectories", "training"]) -
         ) from None
 
 
-def save_memory(config: Config, stage: Literal["trajectories", "training"]) -> tuple[list[str], list[str]]:
+def save_memory(config: Config, stage: Stage) -> tuple[list[str], list[str]]:
     """Settings that would lower a stage's memory, the most effective first: those a run can go on with, and the others."""
     training, rank = config.training, config.student.rank
     in_training, whole = stage == "training", config.precision == "float32"
@@ -227,7 +229,8 @@ def sample_run(
     """
     steps = steps or run.config.trajectories.slots
     few_steps = few_steps or steps
-    studio = open_studio(run)
+    with _within_memory(run.config, "pictures"):
+        studio = open_studio(run)
     if not prompts:
         if run.config.teacher == "toy" and not run.config.trajectories.prompts:
             prompts = scenes.captions(count, 1, "validation")
@@ -244,7 +247,9 @@ def sample_run(
         (f"student, {steps} steps, no guidance ({steps} network calls)", STUDENT, steps),
     ]
     file = file or run.samples / f"seed-{seed}-steps-{steps}.png"
-    sheet([(title, studio.images(role, texts, seeds, n)) for title, role, n in rows], file)
+    with _within_memory(run.config, "pictures"):
+        images = [(title, studio.images(role, texts, seeds, n)) for title, role, n in rows]
+    sheet(images, file)
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -147,7 +148,12 @@ class Teacher:
         return [getattr(pipeline, part) for part in parts]
 
     def load_network(self, precision: torch.dtype, device: str) -> Any:
-        """The denoising network, which is all that rollout and training need. Raises as :meth:`load` does."""
+        """The denoising network, which is all that rollout and training need. Raises as :meth:`load` does.
+
+        A stage leaves its network in cycles of hooks and adapted layers: uncollected, the rollout's would stay on a GPU beside
+        the one that is trained, and both beside the one that pictures are drawn with.
+        """
+        gc.collect()
         return getattr(self.load([self.family.network], precision, device), self.family.network)
 
     def ddim_scheduler(self) -> Any:
