@@ -163,6 +163,7 @@ def ablation() -> list[Spec]:
 RATES = (2e-4, 7e-4, 2e-3)
 FEW_FINE = ["trajectories.fine_steps=3"]  # a third of the rollout of M = 10
 ABSOLUTE = ["training.relative_weight=0"]
+LAST_SLOT = ["training.absolute_weight=[4,1,1,1]"]  # as in the demo
 NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "RAPM, followed, absolute only": ("rapm", [*FOLLOWED, *ABSOLUTE]),
     "RAPM": ("rapm", FEW_FINE),
@@ -254,6 +255,13 @@ def sweeps() -> list[Spec]:
     return specs
 
 
+def visits() -> list[Spec]:
+    """The ablation's stored positions again, with 64 of the trajectories: 600 updates come back to each nine times, where of
+    1,000 they do not see them all. The authors' 20,000 iterations come back to each of their 1,000 twenty times."""
+    again = [spec for spec in ablation() if not spec.method.startswith("rapm-") and "followed" not in spec.name]
+    return [replace(spec, table="visits", first=64) for spec in again]
+
+
 def library() -> list[Spec]:
     """The library's default, where critics learn from the way that the student has just gone."""
     own = Spec("library", "as the library does it", settings=[*FOLLOWED, *ABSOLUTE])
@@ -266,7 +274,7 @@ def library() -> list[Spec]:
 def longer() -> list[Spec]:
     """As long as the demo, with its weights: whether an order holds that was found in a third of the time. Updates are about as
     many as take the same time, by ``--costs`` and with an iteration with critics at 1.44 of the student's alone."""
-    demo = [*FOLLOWED, *ABSOLUTE, "training.absolute_weight=[4,1,1,1]"]
+    demo = [*FOLLOWED, *ABSOLUTE, *LAST_SLOT]
     pcm_rates = {rate: [f"student.learning_rate={rate}", f"critics.learning_rate={2 * rate}"] for rate in (2e-3, 7e-4)}
     own = {
         "as the demo": ("rapm", demo, 1900),
@@ -279,6 +287,13 @@ def longer() -> list[Spec]:
         *(replace(spec, seed=seed) for seed in SEEDS for spec in specs),
         Spec("longer", "PCM, rate 0.0007", "pcm", pcm_rates[7e-4], updates=2200),
         Spec("longer", "4,000 trajectories", settings=[*demo, "trajectories.count=4000"], updates=1900),
+        Spec(
+            "longer",
+            "stored, 256 trajectories, no critics",
+            settings=[*ABSOLUTE, *LAST_SLOT, *NO_CRITICS],
+            first=256,
+            updates=3200,
+        ),
     ]
 
 
@@ -300,7 +315,7 @@ def textured(out: Path) -> list[Spec]:
 def tables(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
     named: dict[str, list[Spec]] = {}
-    for spec in [*ablation(), *neighbours(lines), *library(), *longer(), *sweeps(), *textured(out)]:
+    for spec in [*ablation(), *visits(), *neighbours(lines), *library(), *longer(), *sweeps(), *textured(out)]:
         named.setdefault(spec.table, []).append(spec)
     return named
 
