@@ -125,7 +125,8 @@ class Training(Section):
     positions: Literal["stored", "followed"] = "followed"
     """Where relative and absolute positions come from. stored: from the stored trajectories, as in the paper. followed: from
     where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory, and
-    beforehand only the first slot is rolled out."""
+    beforehand only the first slot is rolled out. Stored ones are learnt by coming back to each trajectory ten times or so
+    (iterations x batch_size / count), followed ones by having many; see docs/results.md."""
     relative_weight: Weight | list[Weight] = 0.0
     """Of the relative loss; a number, or one for each slot n = 0 ... N - 1. The paper's is 1, see docs/results.md."""
     absolute_weight: Weight | list[Weight] = 1.0
