@@ -184,7 +184,8 @@ def test_memory_follows_the_settings(tiny_config: Config) -> None:
     )
     teacher = teacher_of(base)
     network = teacher.load_network(torch.bfloat16, "cpu")
-    plain = make_plan(base, teacher).memory["training"]
+    planned = make_plan(base, teacher).memory
+    plain = planned["training"]
     assert plain["network"] == sum(2 * p.numel() for p in network.parameters())
     cheaper = {
         "network": base.model_copy(update={"base_precision": "int8"}),
@@ -194,6 +195,8 @@ def test_memory_follows_the_settings(tiny_config: Config) -> None:
     }
     for part, config in cheaper.items():
         assert make_plan(config, teacher).memory["training"][part] < 0.75 * plain[part], part
+    many = make_plan(changed(base, trajectories={"size": "64x64", "batch_size": 6}), teacher).memory  # twice as many as planned
+    assert many["pictures"]["activations"] == many["trajectories"]["activations of 6"] > 1.9 * max(planned["pictures"].values())
     checkpointed = changed(base, training={"gradient_checkpointing": True})
     assert make_plan(checkpointed, teacher).memory["training"]["gradients and activations"] < plain["gradients and activations"]
 

@@ -24,7 +24,7 @@ from rapm.errors import UserError
 from rapm.export import export_run, exported, kohya_state
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.run import Run
-from rapm.sample import open_studio, sheet
+from rapm.sample import Studio, open_studio, sheet
 from rapm.stages import distill_config, evaluate_run, make_trajectories, open_run, sample_run, train_run
 from rapm.teacher import Teacher, find_teacher
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
@@ -233,6 +233,19 @@ def test_one_network_at_a_time(tiny_teacher: Path, tmp_path: Path, monkeypatch: 
     finally:
         gc.enable()
     assert left == [0, 0, 0, 0]  # for trajectories, training, export, pictures
+
+
+def test_too_little_memory_for_pictures_is_one_line(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Studio, "latents", full)
+    with pytest.raises(UserError) as error:
+        sample_run(finished)
+    assert str(error.value) == (
+        "memory does not suffice for pictures; what is finished is kept. In order of effect: trajectories.batch_size=1 "
+        "(the run goes on); precision=bfloat16, a smaller trajectories.size (another --out)"
+    )
 
 
 def test_the_file_carries_its_alpha_and_scale(finished: Run) -> None:

@@ -120,6 +120,7 @@ def save_memory(config: Config, stage: Stage) -> tuple[list[str], list[str]]:
     """Settings that would lower a stage's memory, the most effective first: those a run can go on with, and the others."""
     training, rank = config.training, config.student.rank
     in_training, whole = stage == "training", config.precision == "float32"
+    held = stage != "pictures"  # those are drawn on the whole network
     free = {
         "training.gradient_checkpointing=true": in_training and not training.gradient_checkpointing,
         "training.slot_batch=1": in_training and training.slot_batch > 1,
@@ -128,8 +129,8 @@ def save_memory(config: Config, stage: Stage) -> tuple[list[str], list[str]]:
     others = {
         "precision=bfloat16": whole,
         "training.batch_size=1": in_training and training.batch_size > 1,
-        "base_precision=int8": config.base_precision == "same",
-        "base_precision=nf4": config.base_precision != "nf4",
+        "base_precision=int8": held and config.base_precision == "same",
+        "base_precision=nf4": held and config.base_precision != "nf4",
         "training.optimizer=adamw8bit": in_training and training.optimizer == "adamw",
         f"student.rank={rank // 2}": in_training and rank > 1,
         "a smaller trajectories.size": True,
