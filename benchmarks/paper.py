@@ -466,7 +466,9 @@ class ConsistencyStudio(Studio):
     """Samples as LCM and DMD2 do: predicts the clean latent and noises it again, with noise that is a function of the seed."""
 
     @torch.no_grad()
-    def latents(self, role: str, prompts: Sequence[str], seeds: Sequence[int], num_steps: int, batch_size: int = 32) -> Tensor:  # type: ignore[override]
+    def latents(  # type: ignore[override]
+        self, role: str, prompts: Sequence[str], seeds: Sequence[int], num_steps: int, batch_size: int | None = None
+    ) -> Tensor:
         conditioning, _ = self.encode(prompts)
         schedule, device = self.teacher.schedule, self.backbone.device
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds]).to(device)

@@ -56,7 +56,7 @@ class Trajectories(Section):
     seed: int = 0
     """Trajectory k starts from the noise of (seed, k), unless its prompt has a seed of its own."""
     batch_size: Positive = 8
-    """Trajectories rolled out side by side; costs memory, changes nothing."""
+    """Trajectories rolled out, and a sheet's pictures sampled, side by side; costs memory, changes nothing."""
     shard_size: Positive = 32
     """Trajectories in a file; what a kill can cost."""
 

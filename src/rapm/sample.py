@@ -51,7 +51,7 @@ class Studio:
         guidance_scale: float,
         negative_prompt: str = "",
         size: tuple[int, int] | None = None,
-        batch_size: int = 8,
+        batch_size: int,
     ) -> None:
         self.teacher, self.backbone, self.guidance_scale = teacher, backbone, guidance_scale
         self.negative_prompt, self.batch_size = negative_prompt, batch_size
