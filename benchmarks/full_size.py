@@ -1,7 +1,8 @@
 """Time and memory of full-size networks with random weights, beside the bare networks' and PCM's.
 
     python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512, SDXL at 1024 on a GPU; on a CPU SD 1.5 at 256
-    python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables
+    python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables of it
+    python benchmarks/full_size.py --counted           # writes docs/cost.md's table of counted FLOPs and bytes; any machine
 
 Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. An
 iteration is a turn of the student's, with critics, and then the critics' from the way it went; the first is not timed. On a
@@ -11,7 +12,7 @@ network came. A CPU without bfloat16 is given float32.
 The floor: the network passes that a turn made, made again by the network alone, with backward passes where the turn had them;
 once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the same N positions, one of
 each slot, as an iteration here, with rank, precision and checkpointing as here, its heads and 8-bit AdamW as published; its
-VAE and text encoder are left out.
+VAE and text encoder are left out. What is counted rather than measured is the plan's account of the same turns (meta device).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from rapm import config as configuration
 from rapm.config import Config
+from rapm.counting import count
 from rapm.doctor import cpu_has_bfloat16
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
@@ -47,7 +49,8 @@ from rapm.teacher import Teacher, architecture_of, load_backbone
 from rapm.train import Learner, Walked, critic_turn, make_players, student_turn
 
 GIB = 2**30
-COST, START = Path(__file__).parents[1] / "docs" / "cost.md", "<!-- table: benchmarks/full_size.py -->"
+COST = Path(__file__).parents[1] / "docs" / "cost.md"
+START, START_COUNTED = "<!-- table: benchmarks/full_size.py -->", "<!-- table: benchmarks/full_size.py --counted -->"
 SETTINGS: dict[str, list[str]] = {
     "as it comes": [],
     "slot_batch 4": ["training.slot_batch=4"],
@@ -71,6 +74,13 @@ COMPARED = {"no checkpointing": "PCM, no checkpointing"}
 TOY = {"the demo's": [], "stored positions, both terms": ["training.positions=stored", "training.relative_weight=1"]}
 # Full-size networks are measured in the paper's form.
 PAPER = [*TOY["stored positions, both terms"], "trajectories.fine_steps=25"]
+# What is counted: every iteration with critics, if there are any.
+COUNTED = {
+    "as the library does it": [],
+    "absolute term alone, stored positions": ["training.positions=stored", "trajectories.fine_steps=25"],
+    "the paper's form": PAPER,
+    "distances alone, followed positions": ["critics.adversarial_weight=0"],
+}
 
 
 def cases(on_gpu: bool) -> Iterator[dict[str, Any]]:
@@ -89,8 +99,12 @@ def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
 def config_of(case: Mapping[str, Any]) -> Config:
     if case["model"] == "toy":
         return configuration.load(teacher="toy", settings=case["settings"])
-    given = [f"precision={case['precision']}", f"trajectories.size={case['size']}x{case['size']}", "trajectories.batch_size=1"]
-    return configuration.load(teacher=f"random:{case['model']}", settings=[*given, *PAPER, *case["settings"]])
+    return full_size(case["model"], case["size"], case["precision"], [*PAPER, *case["settings"]])
+
+
+def full_size(model: str, size: int, precision: str, settings: Sequence[str]) -> Config:
+    given = [f"precision={precision}", f"trajectories.size={size}x{size}", "trajectories.batch_size=1"]
+    return configuration.load(teacher=f"random:{model}", settings=[*given, *settings])
 
 
 # ------------------------------------------------------------------------------------------------------------------- one case
@@ -247,11 +261,9 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     return found
 
 
-def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dict[str, Any]:
-    """PCM's turns at the same positions."""
-    device, form, grid = config.torch_device, pcm.FORMS[model], config.grid()
-    stub, memory = Stub(config, teacher, device), Memory(device)
-    bare = without_weights(teacher)
+def pcm_of(config: Config, teacher: Teacher, stub: Stub, model: str, device: str) -> tuple[pcm.Pcm, Callable[[bool], None]]:
+    """PCM's step, and what calls it for a turn: of the critics, or the student's."""
+    form, grid, bare = pcm.FORMS[model], config.grid(), without_weights(teacher)
     student, network = load_backbone(bare, config, device), bare.load_network(config.torch_dtype, device)
     other = Backbone(
         network, bare.family.call, (), pcm.taps(network, form), gradient_checkpointing=config.training.gradient_checkpointing
@@ -261,7 +273,9 @@ def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dic
     x0 = stub.trajectory.coarse[:1]
     with other.role(TEACHER), torch.no_grad():
         channels = [x.shape[1] for x in other.features(x0, torch.zeros(1, dtype=torch.long), rows)]
-    heads, rate = pcm.Heads(channels, form).to(device), config.student.learning_rate
+    with torch.device(device):
+        heads = pcm.Heads(channels, form)
+    rate = config.student.learning_rate
     step = pcm.Pcm(
         student, other, teacher.schedule, grid,
         Learner(student, STUDENT, None, rate, (0.9, 0.999), 1e-3, config.training.optimizer),
@@ -270,16 +284,60 @@ def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dic
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
 
+    def turn(critic: bool) -> None:
+        for k in range(0, grid.slots * grid.fine_steps, grid.fine_steps):
+            step.turn(x0, [k], rows, generator, critic=critic, share=1 / grid.slots)
+
+    return step, turn
+
+
+def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dict[str, Any]:
+    """PCM's turns at the same positions."""
+    device = config.torch_device
+    stub, memory = Stub(config, teacher, device), Memory(device)
+    step, turn = pcm_of(config, teacher, stub, model, device)
     found: dict[str, Any] = {"seconds": {"critics": [], "student": []}}
-    for turn in range(2 * iterations):
-        critic = turn % 2 == 0
+    for iteration in range(2 * iterations):
+        critic = iteration % 2 == 0
         learner = step.critic if critic else step.learner
         with timed(device, found["seconds"]["critics" if critic else "student"]):
-            for k in range(0, grid.slots * grid.fine_steps, grid.fine_steps):
-                step.turn(x0, [k], rows, generator, critic=critic, share=1 / grid.slots)
-            learner.clip(turn, 0.0, config.training.gradient_clip)
+            turn(critic)
+            learner.clip(iteration, 0.0, config.training.gradient_clip)
             learner.step(1.0)
-    return found | {"memory": memory.peak(), "parameters_of_heads": sum(p.numel() for p in heads.parameters())}
+    return found | {"memory": memory.peak()}
+
+
+def counted_pcm(config: Config, model: str) -> tuple[float, int]:
+    """FLOPs of a pair of PCM's turns, and bytes at the peak: networks, adapters, heads, their moments in 8 bits, the rest."""
+    teacher = architecture_of(config)
+    step, turn = pcm_of(config, teacher, Stub(config, teacher, "meta"), model, "meta")
+    modules = step.student.network, step.teacher.network, step.critic.heads
+    held = sum(t.numel() * t.element_size() for module in modules if module for t in [*module.parameters(), *module.buffers()])
+    moments = sum(2 * p.numel() for learner in (step.learner, step.critic) for p in learner.parameters.values())
+    flops, peak = 0, 0
+    for critic in (True, False):
+        of_turn, at_most = count(lambda critic=critic: turn(critic))
+        flops, peak = flops + of_turn, max(peak, at_most)
+        for learner in (step.learner, step.critic):
+            learner.optimizer.zero_grad(set_to_none=True)
+    return flops, held + moments + peak
+
+
+def counted() -> str:
+    """Markdown: FLOPs of an iteration and bytes at the peak, by the plan's account, beside those of a pair of PCM's turns."""
+    rows = []
+    for model, size in (("sd15", 256), ("sd15", 512), ("sdxl", 1024)):
+        found = {}
+        for name, settings in COUNTED.items():
+            config = full_size(model, size, "bfloat16", ["critics.start=0", "critics.head_start=0", *settings])
+            plan = make_plan(config, architecture_of(config))
+            found[name] = plan.flops["training"] / config.training.iterations, sum(plan.memory["training"].values())
+        found["PCM"] = other = counted_pcm(full_size(model, size, "bfloat16", []), model)
+        for name, (flops, memory) in found.items():
+            ratios = [f"x {flops / other[0]:.2f}", f"x {memory / other[1]:.2f}"] if name != "PCM" else ["", ""]
+            rows.append([f"{model} at {size}", name, f"{flops / 1e12:.3g}", f"{memory / GIB:.2f}", *ratios])
+    titles = "model", "iteration", "TFLOP", "GiB", "FLOPs, PCM is 1", "memory, PCM is 1"
+    return markdown(titles, rows)
 
 
 def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str, Any]:
@@ -381,6 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where results are kept (JSON)")
     parser.add_argument("--table", type=Path, help="write the tables of such a file into docs/cost.md")
+    parser.add_argument("--counted", action="store_true", help="write the table of what is counted into docs/cost.md")
     parser.add_argument("--repeats", type=int, default=2, help="of the floor")
     parser.add_argument("--iterations", type=int, default=10, help="of student and critics, the first not timed; at least 2")
     parser.add_argument("--only", default="", help="cases whose description has this in it")
@@ -390,10 +449,12 @@ def main() -> None:
         print(json.dumps(run_case(json.loads(arguments.case), arguments.repeats, arguments.iterations)))
     elif arguments.table:
         replace_between(COST, START, tables(json.loads(arguments.table.read_text())))
+    elif arguments.counted:
+        replace_between(COST, START_COUNTED, counted())
     elif arguments.out:
         run_all(arguments.out, arguments.repeats, arguments.iterations, arguments.only)
     else:
-        parser.error("--out or --table")
+        parser.error("--out, --table or --counted")
 
 
 if __name__ == "__main__":

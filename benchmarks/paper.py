@@ -3,6 +3,7 @@
     python benchmarks/textured.py --out .paper/textured        # another world for one of the tables
     python benchmarks/paper.py --out .paper                    # everything; stop it any time, the same command goes on
     python benchmarks/paper.py --out .paper --table ablation   # one table
+    python benchmarks/paper.py --out .paper --costs            # times updates; the table "equal time" waits for it
     python benchmarks/paper_report.py .paper                   # docs/results.md and its figures
 
 Runs go side by side, each on one thread (``--jobs``; a GPU holds many). Every run has batch size 1 and the same number of
@@ -172,12 +173,13 @@ NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "regression": ("regression", FEW_FINE),
     "distribution matching": ("dmd2", []),
     "RAPM, followed, absolute only, no critics": ("rapm", [*FOLLOWED, *ABSOLUTE, *NO_CRITICS]),
+    "RAPM, 64 trajectories, no critics": ("rapm", [*FEW_FINE, *NO_CRITICS, "trajectories.count=64"]),
 }
 
 
 def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
-    """The paper's Figure 5: first the rates of each method; then, once a method's rates are known, the best one with all seeds
-    and as many updates as take the time that the first method takes with its rollout. A curve of one seed: scores take time."""
+    """The paper's Figure 5: first the rates of each method; then, once they are known and what an update costs, the best one
+    with all seeds, with as many updates as take the time of the first method's. A curve of one seed: scores take time."""
 
     def spec(name: str, rate: float, seed: int, **given: Any) -> Spec:
         method, own = NEIGHBOURS[name]
@@ -187,19 +189,14 @@ def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
 
     specs = [spec(name, rate, 0) for rate in RATES for name in NEIGHBOURS]
     known = {line["key"]: line["lines"][-1] if line["lines"] else {"fid": math.inf} for line in lines}  # that failed, if none
-    best: dict[str, Spec] = {}
-    for name in NEIGHBOURS:
-        tried = [spec(name, rate, 0) for rate in RATES]
-        if all(each.key in known for each in tried):
-            best[name] = min(tried, key=lambda each: known[each.key]["fid"])
-    first = next(iter(NEIGHBOURS))
+    taken = next((line["seconds"] for line in reversed(lines) if line["table"] == "costs"), {})
     for seed in SEEDS:
-        for name, chosen in best.items():
-            if first in best:
-                whole, own = known[best[first].key], known[chosen.key]
-                seconds = whole["seconds"] + whole["rollout"] - own["rollout"]
-                updates = UPDATES if name == first else round(UPDATES * seconds / own["seconds"])
-                specs.append(replace(chosen, table="equal time", seed=seed, updates=updates, curve=seed == 0))
+        for name in NEIGHBOURS:
+            tried = [spec(name, rate, 0) for rate in RATES]
+            if name in taken and all(each.key in known for each in tried):
+                best = min(tried, key=lambda each: known[each.key]["fid"])
+                updates = taken[name]["updates"]
+                specs.append(replace(best, table="equal time", seed=seed, updates=updates, curve=seed == 0))
     return specs
 
 
@@ -259,7 +256,8 @@ def visits() -> list[Spec]:
     """The ablation's stored positions again, with 64 of the trajectories: 600 updates come back to each nine times, where of
     1,000 they do not see them all. The authors' 20,000 iterations come back to each of their 1,000 twenty times."""
     again = [spec for spec in ablation() if not spec.method.startswith("rapm-") and "followed" not in spec.name]
-    return [replace(spec, table="visits", first=64) for spec in again]
+    chosen = [spec for spec in again if spec.seed == 0 or "relative only" not in spec.name]
+    return [replace(spec, table="visits", first=64) for spec in chosen]
 
 
 def library() -> list[Spec]:
@@ -620,7 +618,7 @@ def execute(spec: Spec, out: Path) -> dict[str, Any]:
 
 def costs(out: Path, rounds: int = 3, updates: int = 30) -> dict[str, Any]:
     """What an update of each method takes, with the rollout of one trajectory where there is one: medians of short runs made by
-    turns in one process, so that none has the machine's better hour."""
+    turns in one process, so that none has the machine's better hour. And how many take as long as ``UPDATES`` of the first."""
     specs = [spec for spec in neighbours([]) if spec.name.endswith(f"rate {RATES[0]:g}")]
     make_stores(out, specs)
     found: dict[str, list[dict[str, float]]] = {}
@@ -635,10 +633,22 @@ def costs(out: Path, rounds: int = 3, updates: int = 30) -> dict[str, Any]:
                 a_trajectory = rollout_of_one(run.config, teacher_of(run.config)) if spec.uses_store else 0.0
                 taken = {"update": seconds_of(run.read_metrics()) / updates, "trajectory": a_trajectory}
                 found.setdefault(spec.name.rpartition(", rate")[0], []).append(taken)
-    return {
+    medians = {
         name: {part: statistics.median(each[part] for each in all_taken) for part in all_taken[0]}
         for name, all_taken in found.items()
     }
+    counts = [spec.config(out).trajectories.count for spec in specs]
+    whole = UPDATES * sum(medians[specs[0].name.rpartition(", rate")[0]].values())
+    return {
+        name: {**taken, "updates": updates_in_time(whole, count=count, **taken)}
+        for (name, taken), count in zip(medians.items(), counts, strict=True)
+    }
+
+
+def updates_in_time(whole: float, update: float, trajectory: float, count: int) -> int:
+    """As take so many seconds with the rollout, each on a trajectory of its own until there are no more of ``count``."""
+    with_new = whole / (update + trajectory)
+    return round(with_new if with_new <= count else (whole - count * trajectory) / update)
 
 
 def read(out: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from markers import markdown, replace_between
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, KEPT, FIGURE = DOCS / "results.md", DOCS / "results.jsonl", DOCS / "fid-curves.png"
 SCORES = {"fid": ("FID", 3), "accuracy": ("accuracy", 3), "diversity": ("diversity", 2), "sharpness": ("sharpness", 2)}
-UPDATES, TRAJECTORIES = 600, 1000  # of paper.py's runs
 Runs = Sequence[Mapping[str, Any]]
 
 
@@ -54,12 +53,7 @@ def table(runs: Runs, name: str) -> str:
 def costs(runs: Runs) -> str:
     """Of the newest ``--costs``: what an update takes, and how many take as long as 600 of the first method, with rollouts."""
     found = next(run["seconds"] for run in reversed(runs) if run["table"] == "costs")
-    rows, whole = [], UPDATES * sum(next(iter(found.values())).values())
-    for name, taken in found.items():
-        update, trajectory = taken["update"], taken["trajectory"]
-        with_new = whole / (update + trajectory)  # each update on a trajectory of its own, until there are no more
-        updates = with_new if with_new <= TRAJECTORIES else (whole - TRAJECTORIES * trajectory) / update
-        rows.append([name, f"{update:.2f}", f"{trajectory:.2f}", f"{updates:.0f}"])
+    rows = [[name, f"{x['update']:.2f}", f"{x['trajectory']:.2f}", f"{x['updates']}"] for name, x in found.items()]
     return markdown(("what", "seconds an update", "seconds a trajectory", "updates in the same time"), rows)
 
 

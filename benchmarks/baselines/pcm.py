@@ -155,7 +155,9 @@ class Pcm:
             def logits(position: Tensor, own_noise: Tensor) -> list[Tensor]:
                 shown = schedule.renoise(position, edge, tau, own_noise)
                 features = self.teacher.features(shown, tau, conditioning)
-                with torch.autocast(on, self.teacher.dtype, enabled=self.teacher.dtype != torch.float32):
+                if self.teacher.dtype == torch.float32 or on == "meta":  # where bytes are counted, which has no autocast
+                    return self.critic.heads([x.float() for x in features])  # type: ignore[misc]
+                with torch.autocast(on, self.teacher.dtype):
                     return [x.float() for x in self.critic.heads(features)]  # type: ignore[misc]
 
             if critic:
