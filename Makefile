@@ -28,9 +28,9 @@ lint: setup  ## ruff check, ruff format --check, pyright
 test: lint  ## lint, then the tests, in two processes side by side
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-demo: setup  ## distil the embedded toy teacher into runs/demo and check the scores (CPU, no download)
+demo: setup  ## distil the embedded toy teacher into runs/demo and score the student (CPU, no download)
 	@$(BIN)/rapm distill --teacher toy --out runs/demo
-	@$(BIN)/rapm evaluate runs/demo --check
+	@$(BIN)/rapm evaluate runs/demo
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	@rm -rf build .pytest_cache .ruff_cache
