@@ -233,6 +233,19 @@ def test_a_checkpoint_that_says_v_is_believed(small_teachers: dict[str, Path], t
     assert "says that it predicts v, its configs say 'epsilon'" in refused(file, config=str(small_teachers["sdxl"]))
 
 
+def test_a_checkpoint_that_says_zero_terminal_snr_is_believed(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    file, layout = tmp_path / "model.safetensors", tmp_path / "layout"
+    shutil.copytree(small_teachers["sdxl"], layout)
+    save_single_file(DiffusionPipeline.from_pretrained(layout, safety_checker=None), file)
+    save_file(load_file(file) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
+    scheduler = layout / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}
+    scheduler.write_text(json.dumps(config))
+    assert "whose scheduler has rescale_betas_zero_snr true" in refused(file, config=str(layout))
+    scheduler.write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
+    assert float(find_teacher(str(file), config=str(layout)).schedule.alpha_bar[-1]) < 1e-7
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_missing_part_is_named(small_teachers: dict[str, Path], tmp_path: Path, part: str) -> None:
     shutil.copytree(small_teachers["sd15"], tmp_path / "teacher")
@@ -288,6 +301,23 @@ def test_a_folder_of_fp16_files_alone(small_teachers: dict[str, Path], tmp_path:
         file.rename(file.with_suffix(".fp16.safetensors"))
     whole, again = (find_teacher(str(each)).load_network(torch.float32, "cpu") for each in (small_teachers["sd15"], folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_only_what_is_loaded_tells_teachers_apart(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Other programs may bring more files of the same model into the hub's cache."""
+    folder, file = tmp_path / "teacher", tmp_path / "model.safetensors"
+    shutil.copytree(small_teachers["sd15"], folder)
+    save_single_file(DiffusionPipeline.from_pretrained(folder, safety_checker=None), file)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = [find_teacher(str(folder)).fingerprint, find_teacher(str(file), config=str(folder)).fingerprint]
+    shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
+    assert [find_teacher(str(folder)).fingerprint, find_teacher(str(file), config=str(folder)).fingerprint] == before
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    assert find_teacher(str(folder)).fingerprint != before[0]
+    assert find_teacher(str(file), config=str(folder)).fingerprint == before[1]
+    weights.unlink()
+    assert find_teacher(str(folder)).fingerprint not in before
 
 
 def test_noise_predicted_at_zero_terminal_snr_is_refused(small_teachers: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rapm.families.stable_diffusion import UNET_LORA_TARGETS, unet_taps
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
 from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
-from rapm.train import Batch, Learner, Players, critic_turn, student_turn, walk
+from rapm.train import Batch, Learner, Players, critic_turn, student_turn, turns, walk
 from rapm.trajectories import guided
 
 ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
@@ -396,8 +396,6 @@ def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
         movers = [players.student] if turn is students else list(players.critics.values())
         if not scaled:
             players.backbone.loss_scale = 1e-4 if turn is critics else 1.0  # no weight makes a critic's loss small
-            for learner in movers:
-                learner.loss_scale = players.backbone.loss_scale
         turn(players, stored_batch(), draws())
         for learner in movers:
             learner.clip(0, 0.0, math.inf)
@@ -405,6 +403,19 @@ def test_float16_gradients_do_not_vanish(ddim_schedule, turn) -> None:
     error = {name: float((found[name] - found["whole"]).norm() / found["whole"].norm()) for name in ("scaled", "bare")}
     assert error["scaled"] < 0.02, error
     assert error["bare"] > 0.1, error
+
+
+def test_float16_that_overflows_is_taken_again_at_a_lower_scale(ddim_schedule) -> None:
+    found = []
+    for scale in (4096.0, 2.0**52):
+        players = make_players(ddim_schedule, dtype=torch.float16)
+        players.backbone.loss_scale = scale
+        losses = turns(players, stored_batch(), draws(), 0)
+        assert players.backbone.loss_scale == scale
+        learners = [players.student, *players.critics.values()]
+        found.append((losses, torch.cat([g.flatten() for learner in learners for g in gradients(learner).values()])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -38,7 +38,7 @@ def refused(call, *arguments):
 
 def test_open_creates_the_folder_with_its_settings(tmp_path):
     run = Run.open(tmp_path / "deep" / "run", KEEP_TWO)
-    assert names(run.folder) == ["config.toml"]
+    assert names(run.folder) == [".lock", "config.toml"]
     assert configuration.read(run.folder / "config.toml") == KEEP_TWO
     assert Run.existing(run.folder).config == KEEP_TWO
 
@@ -86,6 +86,8 @@ def test_one_process_at_a_time(run):
     with run.locked():
         expected = f"another process is working on {run.folder}; wait for it or choose another --out"
         assert refused(Run(run.folder, run.config).locked().__enter__) == expected
+        assert refused(Run.open, run.folder, load(settings=[*BASE, "student.rank=3"])) == expected
+        assert Run.existing(run.folder).config == run.config
     with run.locked():
         pass
 

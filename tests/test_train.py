@@ -21,7 +21,7 @@ from rapm.errors import NonFinite, UserError
 from rapm.run import Run
 from rapm.stages import make_trajectories, train_run
 from rapm.teacher import load_backbone, teacher_of
-from rapm.train import critics_alone, critics_play, draw_batch, make_players, rate_factor, rehearse
+from rapm.train import _stop_on_interrupt, critics_alone, critics_play, draw_batch, make_players, rate_factor, rehearse
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
@@ -138,6 +138,36 @@ def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Confi
     assert all(not learner.optimizer.state for learner in (players.student, *players.critics.values()))
 
 
+@pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adamw", 8), ("adamw8bit", 2)])
+def test_rehearsal_holds_what_optimisers_will_take(
+    tiny_config: Config, tmp_path: Path, optimizer: str, bytes_a_weight: int
+) -> None:
+    config = changed(tiny_config, training={"optimizer": optimizer})
+    store, teacher = make_trajectories(Run.open(tmp_path / "run", config)), teacher_of(config)
+    learner = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule).student
+    held = sum(room.numel() * room.element_size() for room in learner.room_for_state())
+    assert held == bytes_a_weight * sum(p.numel() for p in learner.parameters.values())
+    for parameter in learner.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.step(1.0)
+    assert not learner.room_for_state()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_lost_terminal_is_a_stop() -> None:
+    with _stop_on_interrupt() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopped()
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stop_on_interrupt() as stopped:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopped()
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+
+
 def test_eight_bit_optimizer_resumes_bit_for_bit(tiny_config: Config, tmp_path: Path) -> None:
     """At a rank where tensors are large enough to be held in 8 bits."""
     config = changed(tiny_config, training={"optimizer": "adamw8bit"}, student={"rank": 32})
@@ -158,7 +188,7 @@ def test_eight_bit_optimizer_resumes_bit_for_bit(tiny_config: Config, tmp_path: 
 def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(tiny_config: Config, tmp_path: Path, role: str) -> None:
     """Whoever is thrown far away by an absurd rate says so; the critic while it is alone."""
     rates = {name: {"learning_rate": 1e30} for name in ("student" if role == "student" else "critics",)}
-    config = changed(tiny_config, training={"iterations": 40, "checkpoint_every": 1, "warmup": 0}, **rates)
+    config = changed(tiny_config, training={"iterations": 40, "checkpoint_every": 40, "warmup": 0}, **rates)
     config = changed(config, critics={"start": 0.0, "head_start": 0.5})
     run = Run.open(tmp_path / "run", config)
     make_trajectories(run)
@@ -166,7 +196,7 @@ def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(tiny_config
         train_run(run)
     assert "\n" not in str(error.value)
     step, state = run.load_checkpoint()
-    assert step == len(run.read_metrics()) > 0
+    assert step == len(run.read_metrics()) > 0  # of the iterations before, though no checkpoint was due
     assert all(torch.isfinite(value).all() for value in state.values())
 
 

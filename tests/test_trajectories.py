@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -212,6 +214,18 @@ def test_a_foreign_store_is_refused(
         make_trajectories(run)
     (run.trajectories / "manifest.json").unlink()
     with pytest.raises(UserError, match="made with other settings"):
+        make_trajectories(run)
+
+
+def test_a_store_of_another_version_names_both(tiny_config: Config, tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", tiny_config)
+    file = make_trajectories(run).folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["facts"]["rapm"] = "0.0.1"
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=rf"made with rapm 0\.0\.1, this is {re.escape(version('rapm'))}; go on with that version"
+    ):
         make_trajectories(run)
 
 

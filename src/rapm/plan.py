@@ -220,7 +220,8 @@ def _disk(config: Config, teacher: Teacher, checkpoint: int) -> dict[str, int]:
     return {
         "positions": int(4 * positions * settings.count),
         "prompts' embeddings, at most": 4 * of_prompt * (settings.count + 1),
-        f"checkpoints, {config.training.keep_checkpoints}": checkpoint * config.training.keep_checkpoints,
+        # The oldest goes once the newest is whole.
+        f"checkpoints, {config.training.keep_checkpoints + 1}": checkpoint * (config.training.keep_checkpoints + 1),
     }
 
 

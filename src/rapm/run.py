@@ -43,15 +43,17 @@ class Run:
         """Creates a run, or goes on with one. Until there is a checkpoint its settings may still be changed.
 
         Raises:
-            UserError: the folder holds a run that was trained with settings that compute another result, or is no run at all.
+            UserError: the folder holds a run that was trained with settings that compute another result, or is no run at all;
+                or another process is at it.
         """
         file = folder / "config.toml"
         is_run = file.is_file()
         if not is_run and (folder.is_file() or (folder.is_dir() and any(map(_is_foreign, folder.iterdir())))):
             raise UserError(f"{folder} is not empty and holds no run (no config.toml); choose another --out")
         run = cls(folder, config)
-        run.load_checkpoint()  # refuses settings that are not the checkpoint's
-        write_text(file, configuration.dump(config))
+        with run.locked():  # else the settings of a run that is at work would be replaced
+            run.load_checkpoint()  # refuses settings that are not the checkpoint's
+            write_text(file, configuration.dump(config))
         return run
 
     @classmethod

@@ -138,8 +138,8 @@ class Teacher:
 
     def _variant(self, parts: Sequence[str]) -> str | None:
         """fp16 when that is all that a part's folder has weights of."""
-        weights = [[file.name for file in (self.folder / part).glob("*.safetensors")] for part in parts]
-        return "fp16" if any(names and all(".fp16." in name for name in names) for names in weights) else None
+        weights = [file.name for part in parts for file in _weights(self.folder / part)]
+        return "fp16" if any(".fp16." in name for name in weights) else None
 
     def load_tokenizers(self) -> list[Any]:
         """All that a prompt goes through, each with its own limit. Raises as :meth:`load` does."""
@@ -272,12 +272,19 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
         _check_parts(source, folder, family, weights=checkpoint is None)
     parts = tuple(_lora(text) for text in loras)
     files = [checkpoint] if checkpoint else []
-    mark = _fingerprint(folder, [*files, *(lora.file for lora in parts)], "".join(f"{lora.strength}," for lora in parts))
+    files = [*files, *(lora.file for lora in parts)]
+    mark = _fingerprint(folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, _schedule(source, folder), mark)
-    if checkpoint and "v_pred" in _header(checkpoint) and teacher.schedule.prediction_type != "v_prediction":
+    told = _header(checkpoint) if checkpoint else {}
+    if "v_pred" in told and teacher.schedule.prediction_type != "v_prediction":
         raise UserError(
             f"teacher '{source}' says that it predicts v, its configs say '{teacher.schedule.prediction_type}'; name a folder "
             "whose scheduler has prediction_type v_prediction with --teacher-config"
+        )
+    if "ztsnr" in told and not teacher.config("scheduler").get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"teacher '{source}' says that its noise leaves no signal at the end (ztsnr), its configs do not; name a folder "
+            "whose scheduler has rescale_betas_zero_snr true with --teacher-config"
         )
     channels = teacher.config(family.network).get("in_channels"), teacher.config("vae").get("latent_channels")
     if None in channels:
@@ -497,13 +504,24 @@ def _sample(file: Path, size: int, changed: int) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(folder: Path, files: Sequence[Path], extra: str) -> str:
-    """Of the parts a trajectory depends on, and of the other files the weights come from."""
+def _weights(part: Path) -> list[Path]:
+    """A part's files of weights: the plain ones, those of variant fp16 where there are no others."""
+    files = sorted(part.glob("*.safetensors"))
+    return [file for file in files if ".fp16." not in file.name] or files
+
+
+def _fingerprint(folder: Path, files: Sequence[Path], extra: str, *, weights: bool) -> str:
+    """Of what a trajectory depends on: configs and tokenizers, the folder's weights if it is they that are loaded, and the
+    other files that weights come from. What else is in the folder, or comes into the hub's cache later, does not count."""
     digest = hashlib.sha256(extra.encode())
     parts = ("unet", "transformer", "text_encoder", "tokenizer", "scheduler")
-    named = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
-    chosen = {name: file for name, file in named.items() if name.startswith(parts)}
-    for name, file in [*chosen.items(), *((f"file {k}", file) for k, file in enumerate(files))]:
+    chosen: dict[str, Path] = {}
+    for part in folder.iterdir():
+        if part.is_dir() and part.name.startswith(parts):
+            texts = [f for f in part.rglob("*") if f.suffix in (".json", ".txt", ".model") and ".index." not in f.name]
+            loaded = _weights(part) if weights else []
+            chosen |= {file.relative_to(folder).as_posix(): file for file in (*texts, *loaded)}
+    for name, file in [*sorted(chosen.items()), *((f"file {k}", file) for k, file in enumerate(files))]:
         status = file.stat()
         digest.update(f"{name} {status.st_size} {_sample(file, status.st_size, status.st_mtime_ns)} ".encode())
     return digest.hexdigest()

@@ -79,7 +79,7 @@ class Learner:
         decay: float,
         optimizer: Literal["adamw", "adamw8bit"] = "adamw",
     ):
-        self.role, self.heads, self.rate, self.loss_scale = role, heads, rate, backbone.loss_scale
+        self.backbone, self.role, self.heads, self.rate = backbone, role, heads, rate
         self.parameters: dict[str, nn.Parameter] = dict(backbone.parameters(role))
         if heads is not None:
             self.parameters |= {f"heads.{name}": p for name, p in heads.named_parameters()}
@@ -97,15 +97,16 @@ class Learner:
         Raises:
             NonFinite: loss or gradient is not a number; nothing was changed.
         """
-        if self.loss_scale != 1:
+        if self.backbone.loss_scale != 1:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad /= self.loss_scale
+                    parameter.grad /= self.backbone.loss_scale
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFinite(
                 f"the {self.role}'s loss ({loss:.4g}) or gradient ({norm:.4g}) is not finite at iteration {iteration}; "
-                "nothing was updated: try a lower learning_rate, or precision bfloat16 or float32, and run again"
+                "nothing was updated, and what was learnt before is kept: try a lower learning_rate, or precision bfloat16 or "
+                "float32, with another --out"
             )
         return norm
 
@@ -114,6 +115,12 @@ class Learner:
         self.optimizer.param_groups[0]["lr"] = self.rate * rate_factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def room_for_state(self) -> list[Tensor]:
+        """As many bytes as its optimiser will hold beyond what it holds."""
+        dtype = torch.float32 if isinstance(self.optimizer, torch.optim.AdamW) else torch.uint8  # two moments
+        lacking = [p for p in self.parameters.values() if p not in self.optimizer.state]
+        return [torch.zeros(2, *p.shape, dtype=dtype, device=p.device) for p in lacking]
 
     def state(self) -> dict[str, Tensor]:
         return with_prefix("weights", self.parameters) | with_prefix("optimizer", optimizer_tensors(self.optimizer))
@@ -284,6 +291,47 @@ def critic_turn(players: Players, walked: Sequence[Walked], renoising: Mapping[s
     return sums
 
 
+def turns(players: Players, batch: Batch, renoising: Mapping[str, Renoising], iteration: int) -> dict[str, float]:
+    """The gradients of one iteration, clipped: the student's, unless critics are alone, and those of the critics that play.
+
+    Where float16 overflows they are taken again at a sixteenth of the loss scale, and so on down to 1. A scale is a power of
+    two: it changes nothing but what over- and underflows, and the next iteration begins with the whole one again.
+
+    Returns:
+        Losses to log.
+
+    Raises:
+        NonFinite: a loss or gradient is not a number at any scale; nothing was changed.
+    """
+    backbone, clip, whole = players.backbone, players.config.training.gradient_clip, players.backbone.loss_scale
+    learners = {role: players.critics[role] for role in renoising}
+
+    def taken() -> dict[str, float]:
+        if critics_alone(players.config, iteration):
+            losses, walked = {}, walk(players, batch)
+        else:
+            losses, walked = student_turn(players, batch, renoising)
+            losses["gradient"] = players.student.clip(iteration, sum(losses.values()), clip)
+        losses |= critic_turn(players, walked, renoising)
+        for role, learner in learners.items():
+            kind = _KIND[role]
+            losses[f"{kind}_gradient"] = learner.clip(iteration, losses[f"{kind}_critic"], clip)
+        return losses
+
+    try:
+        while True:
+            try:
+                return taken()
+            except NonFinite:
+                for learner in (players.student, *learners.values()):
+                    learner.optimizer.zero_grad(set_to_none=True)
+                if backbone.loss_scale <= 1:
+                    raise
+                backbone.loss_scale /= 16
+    finally:
+        backbone.loss_scale = whole
+
+
 # ------------------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -361,9 +409,10 @@ def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, sch
 
 def rehearse(players: Players, store: TrajectoryStore) -> None:
     """Takes both turns once and changes nothing: memory that does not suffice shows now and not in the middle of the
-    night, when the critics come in or the largest picture does. Room for the optimisers' state is held meanwhile."""
+    night, when the critics come in or the largest picture does. Room for the state that optimisers do not have yet is held
+    meanwhile."""
     learners = [players.student, *players.critics.values()]
-    state = [torch.zeros(2, *p.shape, device=p.device) for learner in learners for p in learner.parameters.values()]
+    room = [learner.room_for_state() for learner in learners]
     among = min(store.manifest["sizes"] ** 2, len(store))  # however few the prompts are, all sizes are among these
     largest = max((store[k] for k in range(among)), key=lambda row: row.coarse.numel())
     batch = batch_of([largest] * players.config.training.batch_size, players.backbone.device)
@@ -372,7 +421,7 @@ def rehearse(players: Players, store: TrajectoryStore) -> None:
     critic_turn(players, walked, renoising)
     for learner in learners:
         learner.optimizer.zero_grad(set_to_none=True)
-    del state
+    del room
 
 
 def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedule) -> bool:
@@ -420,18 +469,14 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             }
             factor = rate_factor(config, iteration)
             record: dict[str, float | str] = {"iteration": iteration}
-            moving = list(critics.values())
-            if critics_alone(config, iteration):
-                losses, walked = {}, walk(players, batch)
-            else:
-                losses, walked = student_turn(players, batch, renoising)
-                losses["gradient"] = players.student.clip(iteration, sum(losses.values()), training.gradient_clip)
-                moving.append(players.student)
-            losses |= critic_turn(players, walked, renoising)
-            for role, learner in critics.items():
-                kind = _KIND[role]
-                losses[f"{kind}_gradient"] = learner.clip(iteration, losses[f"{kind}_critic"], training.gradient_clip)
-            for learner in moving:  # only once all of them are known to be finite
+            try:
+                losses = turns(players, batch, renoising, iteration)
+            except NonFinite:
+                if iteration > first:
+                    save(iteration)
+                raise
+            moving = [*critics.values(), *([] if critics_alone(config, iteration) else [players.student])]
+            for learner in moving:
                 learner.step(factor)
             if players.student in moving:
                 decay = min(config.student.ema, (1 + iteration) / (10 + iteration))
@@ -448,7 +493,8 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or termination) into a request to stop after this iteration; the second one quits."""
+    """Turns the first Ctrl-C (or termination, or the terminal's end) into a request to stop after this iteration; the second
+    one quits. The terminal's end is ignored where it was, as under nohup."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -459,7 +505,10 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    kept = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: bool(asked)
     finally:

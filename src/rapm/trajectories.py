@@ -222,7 +222,13 @@ def check_facts(folder: Path, facts: dict[str, Any], *, complete: bool = False) 
             for shard in folder.glob("shard-*.safetensors"):
                 _finished_shard(shard, fingerprint(facts))
         return False
-    changed = [name for name in facts if manifest["facts"].get(name) != facts[name]]
+    made = manifest["facts"]
+    changed = [name for name in facts if made.get(name) != facts[name]]
+    if changed == ["rapm"]:
+        raise UserError(
+            f"{folder} holds trajectories made with rapm {made.get('rapm')}, this is {facts['rapm']}; go on with that version, "
+            "choose another folder or delete it"
+        )
     if changed:
         raise UserError(
             f"{folder} holds trajectories made with another {', '.join(changed)}; choose another folder or delete it"
