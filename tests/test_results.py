@@ -244,7 +244,7 @@ def test_too_little_memory_for_pictures_is_one_line(finished: Run, monkeypatch: 
         sample_run(finished)
     assert str(error.value) == (
         "memory does not suffice for pictures; what is finished is kept. In order of effect: trajectories.batch_size=1 "
-        "(the run goes on); precision=bfloat16, a smaller trajectories.size (another --out)"
+        "(the run goes on); precision=bfloat16, a smaller trajectories.size (another --out); each by --set of 'rapm distill'"
     )
 
 

@@ -117,7 +117,7 @@ def test_too_little_memory_is_one_line_and_loses_nothing(tiny_config: Config, tm
         "memory does not suffice for training; what is finished is kept. In order of effect: "
         "training.gradient_checkpointing=true, training.slot_batch=1 (the run goes on); precision=bfloat16, "
         "base_precision=int8, base_precision=nf4, training.optimizer=adamw8bit, student.rank=500000000000, "
-        "a smaller trajectories.size (another --out)"
+        "a smaller trajectories.size (another --out); each by --set of 'rapm distill'"
     )
     assert train_run(Run.open(run.folder, tiny_config))
 

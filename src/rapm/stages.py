@@ -112,7 +112,8 @@ def _within_memory(config: Config, stage: Stage) -> Iterator[None]:
         free, others = save_memory(config, stage)
         raise UserError(
             f"memory does not suffice for {stage}; what is finished is kept. In order of effect: "
-            f"{', '.join(free) or 'nothing'} (the run goes on); {', '.join(others)} (another --out)"
+            f"{', '.join(free) or 'nothing'} (the run goes on); {', '.join(others)} (another --out); each by --set of "
+            "'rapm distill'"
         ) from None
 
 
