@@ -1,5 +1,7 @@
 """The run's folder: when it may be gone on with, and what survives kills and full disks."""
 
+import json
+
 import pytest
 import torch
 
@@ -46,6 +48,12 @@ def test_open_creates_the_folder_with_its_settings(tmp_path):
 def test_the_same_settings_go_on_with_it(run):
     run.log({"iteration": 0})
     assert Run.open(run.folder, KEEP_TWO).read_metrics() == [{"iteration": 0}]
+
+
+def test_a_checkpoint_says_what_it_was_made_with(run):
+    run.save_checkpoint(1, weights(1))
+    metadata = files.load_metadata(run.checkpoints / "step-00000001.safetensors")
+    assert json.loads(metadata["versions"])["torch"] == torch.__version__
 
 
 def test_other_settings_are_refused_with_both_values(run):

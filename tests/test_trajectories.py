@@ -221,6 +221,7 @@ def test_a_store_of_another_version_names_both(tiny_config: Config, tmp_path: Pa
     run = Run.open(tmp_path / "run", tiny_config)
     file = make_trajectories(run).folder / "manifest.json"
     manifest = json.loads(file.read_text())
+    assert manifest["versions"]["torch"] == version("torch")
     manifest["facts"]["rapm"] = "0.0.1"
     file.write_text(json.dumps(manifest))
     with pytest.raises(

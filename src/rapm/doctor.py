@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,8 @@ import psutil
 import torch
 from huggingface_hub import constants
 
-LIBRARIES = ("rapm", "torch", "diffusers", "transformers", "peft", "safetensors")
+from rapm.versions import versions
+
 EXTRAS = {
     "bitsandbytes": "base_precision = 'nf4' and training.optimizer = 'adamw8bit'",
     "datasets": "prompts out of hub data sets",
@@ -21,7 +21,7 @@ EXTRAS = {
 
 def examine() -> Iterator[str]:
     """Lines to print; those that begin with "!" are problems."""
-    yield f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    yield ", ".join(f"{name.capitalize() if name == 'python' else name} {number}" for name, number in versions().items())
     for name, use in EXTRAS.items():
         try:
             yield f"{name} {version(name)}"

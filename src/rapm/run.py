@@ -19,6 +19,7 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.files import load_metadata, load_tensors, save_tensors, write_text
+from rapm.versions import versions
 
 
 def _is_foreign(file: Path) -> bool:
@@ -97,7 +98,8 @@ class Run:
             UserError: the disk is full; older checkpoints are untouched.
         """
         try:
-            save_tensors(self._checkpoint(step), tensors, {"config": configuration.dump(self.config)})
+            metadata = {"config": configuration.dump(self.config), "versions": json.dumps(versions())}
+            save_tensors(self._checkpoint(step), tensors, metadata)
         except OSError as error:
             raise UserError(
                 f"checkpoint {step} could not be written ({error}); earlier checkpoints are whole: make room and run again"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from rapm.teacher import Teacher, load_backbone, move, teacher_of
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
+from rapm.versions import versions
 
 Stage = Literal["trajectories", "training", "pictures"]
 
@@ -260,12 +260,11 @@ def evaluate_run(run: Run, split: scenes.Split = "test") -> tuple[list[toy_proto
     if run.config.teacher != "toy":
         raise UserError("only the toy teacher has an oracle to be scored with, as yet")
     rows = toy_protocol.score(open_studio(run), split, run.config.trajectories.slots)
-    libraries = ("rapm", "torch", "diffusers", "transformers", "peft")
     scores = {
         "rows": toy_protocol.as_dicts(rows),
         "split": split,
         "command": " ".join(["rapm", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "versions": versions(),
         "threads": torch.get_num_threads(),
     }
     write_json(run.scores if split == "test" else run.folder / f"scores-{split}.json", scores)

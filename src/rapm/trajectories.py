@@ -20,6 +20,7 @@ from rapm.objective import Conditioning, Denoiser
 from rapm.progress import track
 from rapm.prompts import Prompt
 from rapm.schedule import Grid, Schedule
+from rapm.versions import versions
 
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.safetensors"
 
@@ -313,6 +314,7 @@ def make_store(
         "shard_size": shard_size,
         "seed": seed,
         "sizes": len(sizes),
+        "versions": versions(),  # told, not compared
         "files": {name: sha256(folder / name) for name in names},
     }
     write_json(folder / MANIFEST, manifest)
