@@ -105,7 +105,7 @@ class Learner:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFinite(
                 f"the {self.role}'s loss ({loss:.4g}) or gradient ({norm:.4g}) is not finite at iteration {iteration}; "
-                "nothing was updated, and what was learnt before is kept: try a lower learning_rate, or precision bfloat16 or "
+                "nothing was updated, and earlier checkpoints are kept: try a lower learning_rate, or precision bfloat16 or "
                 "float32, with another --out"
             )
         return norm
@@ -469,12 +469,7 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             }
             factor = rate_factor(config, iteration)
             record: dict[str, float | str] = {"iteration": iteration}
-            try:
-                losses = turns(players, batch, renoising, iteration)
-            except NonFinite:
-                if iteration > first:
-                    save(iteration)
-                raise
+            losses = turns(players, batch, renoising, iteration)
             moving = [*critics.values(), *([] if critics_alone(config, iteration) else [players.student])]
             for learner in moving:
                 learner.step(factor)
