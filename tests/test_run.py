@@ -53,7 +53,7 @@ def test_the_same_settings_go_on_with_it(run):
 def test_a_checkpoint_says_what_it_was_made_with(run):
     run.save_checkpoint(1, weights(1))
     metadata = files.load_metadata(run.checkpoints / "step-00000001.safetensors")
-    assert json.loads(metadata["versions"])["torch"] == torch.__version__
+    assert json.loads(metadata["made"])["versions"]["torch"] == torch.__version__
 
 
 def test_other_settings_are_refused_with_both_values(run):

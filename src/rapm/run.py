@@ -98,8 +98,9 @@ class Run:
             UserError: the disk is full; older checkpoints are untouched.
         """
         try:
-            metadata = {"config": configuration.dump(self.config), "versions": json.dumps(versions())}
-            save_tensors(self._checkpoint(step), tensors, metadata)
+            # In one entry: safetensors writes several in any order, and equal runs leave equal files.
+            made = json.dumps({"config": configuration.dump(self.config), "versions": versions()})
+            save_tensors(self._checkpoint(step), tensors, {"made": made})
         except OSError as error:
             raise UserError(
                 f"checkpoint {step} could not be written ({error}); earlier checkpoints are whole: make room and run again"
@@ -118,10 +119,10 @@ class Run:
             return 0, {}
         file = self._checkpoint(steps[-1])
         try:
-            tensors, metadata = load_tensors(file), load_metadata(file)
+            tensors, made = load_tensors(file), json.loads(load_metadata(file).get("made", "{}"))
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); delete it to go on from the one before") from None
-        changed = configuration.differences(configuration.parse_text(metadata.get("config", ""), str(file)), self.config)
+        changed = configuration.differences(configuration.parse_text(made.get("config", ""), str(file)), self.config)
         if changed:
             raise UserError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed[:4])}{' ...' if changed[4:] else ''}); "
