@@ -62,7 +62,7 @@ class Teacher:
         checkpoint: the single file that holds the weights, else they lie in the folder.
         random: there are no weights, they are drawn (always the same).
         loras: fused in this order.
-        fingerprint: changes when the teacher does: of names, sizes and 64 KiB out of every 4 MiB of every file.
+        fingerprint: changes when the teacher does: of names, sizes and 64 KiB out of every 4 MiB of what is loaded.
     """
 
     source: str
@@ -271,8 +271,7 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
     if not random:
         _check_parts(source, folder, family, weights=checkpoint is None)
     parts = tuple(_lora(text) for text in loras)
-    files = [checkpoint] if checkpoint else []
-    files = [*files, *(lora.file for lora in parts)]
+    files = [*([checkpoint] if checkpoint else []), *(lora.file for lora in parts)]
     mark = _fingerprint(folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, _schedule(source, folder), mark)
     told = _header(checkpoint) if checkpoint else {}

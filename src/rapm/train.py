@@ -470,10 +470,10 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             factor = rate_factor(config, iteration)
             record: dict[str, float | str] = {"iteration": iteration}
             losses = turns(players, batch, renoising, iteration)
-            moving = [*critics.values(), *([] if critics_alone(config, iteration) else [players.student])]
-            for learner in moving:
+            for learner in critics.values():
                 learner.step(factor)
-            if players.student in moving:
+            if not critics_alone(config, iteration):
+                players.student.step(factor)
                 decay = min(config.student.ema, (1 + iteration) / (10 + iteration))
                 weights = [p.detach() for p in players.student.parameters.values()]
                 get_ema_multi_avg_fn(decay)(list(average.values()), weights, 0)
