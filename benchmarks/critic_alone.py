@@ -16,12 +16,14 @@ from torch import Tensor
 
 from rapm import config as configuration
 from rapm.files import under_prefix
+from rapm.finding import teacher_of
 from rapm.network import ABSOLUTE_CRITIC, STUDENT
 from rapm.objective import Conditioning, margin, repeat, student_step
 from rapm.run import Run
-from rapm.teacher import load_backbone, teacher_of
-from rapm.train import Players, batch_of, make_players
+from rapm.teacher import load_backbone
+from rapm.train import batch_of, make_players
 from rapm.trajectories import TrajectoryStore
+from rapm.turns import Players
 
 HELD_OUT = 80
 Pair = tuple[Tensor, Tensor, Conditioning]  # of one trajectory: z~_n, z_n^phi, each [N, C, H, W], and its prompt N times

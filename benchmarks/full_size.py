@@ -42,11 +42,13 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.counting import count
 from rapm.doctor import cpu_has_bfloat16
+from rapm.finding import architecture_of
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
 from rapm.plan import Stub, duration, given, make_plan, peak_of_process, teacher_pass, without_weights
-from rapm.teacher import Teacher, architecture_of, load_backbone
-from rapm.train import Learner, Walked, critic_turn, make_players, student_turn
+from rapm.teacher import Teacher, load_backbone
+from rapm.train import make_players
+from rapm.turns import Learner, Walked, critic_turn, student_turn
 
 GIB = 2**30
 COST = Path(__file__).parents[1] / "docs" / "cost.md"

@@ -42,6 +42,7 @@ from rapm.errors import NonFinite
 from rapm.evaluate import toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance, pair_distance
 from rapm.files import load_tensors, save_tensors, under_prefix, with_prefix
+from rapm.finding import teacher_of
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Positions, from_nudged, positions, student_step
 from rapm.plan import Stub, duration, teacher_pass
@@ -49,11 +50,12 @@ from rapm.run import Run
 from rapm.sample import Studio, open_studio, sheet
 from rapm.schedule import trailing_timesteps
 from rapm.stages import make_trajectories
-from rapm.teacher import Teacher, load_backbone, teacher_of
+from rapm.teacher import Teacher, load_backbone
 from rapm.toy import ORACLE, scenes
 from rapm.toy.oracle import Oracle
-from rapm.train import Batch, Learner, Players, Walked, rate_factor
+from rapm.train import rate_factor
 from rapm.trajectories import Trajectory, TrajectoryStore, guided, picture_noise
+from rapm.turns import Batch, Learner, Players, Walked
 
 UPDATES = 600  # of the student, in every run whose name does not say otherwise
 SHARED = ["training.positions=stored", "training.relative_weight=1", "training.absolute_weight=1", "trajectories.fine_steps=10"]

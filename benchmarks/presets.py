@@ -6,8 +6,8 @@ python benchmarks/presets.py
 from __future__ import annotations
 
 from rapm import config as configuration
+from rapm.finding import architecture_of
 from rapm.plan import GPUS, make_plan
-from rapm.teacher import architecture_of
 
 SHOWN = ("RTX 3060 12 GB", "RTX 4090 24 GB", "RTX A6000 48 GB", "H100 80 GB")
 

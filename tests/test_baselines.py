@@ -17,8 +17,9 @@ from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import pseudo_huber
 from rapm.schedule import Grid, Schedule
-from rapm.train import Learner, draw_batch
+from rapm.train import draw_batch
 from rapm.trajectories import Trajectory, rollout
+from rapm.turns import Learner
 
 GRID = Grid(slots=2, fine_steps=3)
 SCALE = 5.0

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rapm.errors import UserError
 from rapm.families import stable_diffusion
+from rapm.finding import find_teacher
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.schedule import Grid
-from rapm.teacher import Teacher, find_teacher
+from rapm.teacher import Teacher
 from rapm.trajectories import guided, noise, rollout
 
 PROMPTS = ["a red star and a blue ring on grass", "one white cross on brick"]

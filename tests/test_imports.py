@@ -47,7 +47,9 @@ def test_the_method_knows_torch_alone(name, own):
     [
         ("network.py", ["rapm.config", "rapm.families"]),
         ("critic.py", ["rapm.config", "rapm.families"]),
+        ("turns.py", ["rapm.families", "rapm.teacher", "rapm.train"]),
         ("train.py", ["rapm.families", "rapm.teacher"]),
+        ("teacher.py", ["rapm.finding", "rapm.train"]),
         *((name, ["rapm.train", "rapm.teacher"]) for name in TREES if name.startswith("families/")),
         *((name, ["rapm.cli"]) for name in TREES if name != "__main__.py"),
     ],

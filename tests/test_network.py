@@ -21,8 +21,8 @@ from rapm.families.stable_diffusion import UNET_LORA_TARGETS, unet_taps
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
 from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
-from rapm.train import Batch, Learner, Players, critic_turn, student_turn, turns, walk
 from rapm.trajectories import guided
+from rapm.turns import Batch, Learner, Players, critic_turn, student_turn, turns, walk
 
 ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
 GRID = Grid(slots=3, fine_steps=4)

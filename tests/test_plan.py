@@ -17,6 +17,7 @@ from rapm.config import Config, load
 from rapm.counting import count
 from rapm.doctor import examine
 from rapm.errors import UserError
+from rapm.finding import architecture_of, teacher_of
 from rapm.plan import (
     GPUS,
     SHARE_OF_PEAK,
@@ -31,7 +32,7 @@ from rapm.plan import (
 )
 from rapm.run import Run
 from rapm.stages import make_trajectories, train_run
-from rapm.teacher import architecture_of, load_backbone, teacher_of
+from rapm.teacher import load_backbone
 from rapm.train import make_players
 
 

@@ -22,11 +22,12 @@ from safetensors import safe_open
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.export import export_run, exported, kohya_state
+from rapm.finding import find_teacher
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.run import Run
 from rapm.sample import Studio, open_studio, sheet
 from rapm.stages import distill_config, evaluate_run, make_trajectories, open_run, sample_run, train_run
-from rapm.teacher import Teacher, find_teacher
+from rapm.teacher import Teacher
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]

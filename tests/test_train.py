@@ -19,10 +19,12 @@ import torch
 from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
+from rapm.finding import teacher_of
 from rapm.run import Run
 from rapm.stages import make_trajectories, train_run
-from rapm.teacher import load_backbone, teacher_of
-from rapm.train import _stop_on_interrupt, critics_alone, critics_play, draw_batch, make_players, rate_factor, rehearse
+from rapm.teacher import load_backbone
+from rapm.train import _stop_on_interrupt, draw_batch, make_players, rate_factor, rehearse
+from rapm.turns import critics_alone, critics_play
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:

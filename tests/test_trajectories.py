@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from rapm.config import Config
 from rapm.errors import UserError
+from rapm.finding import find_teacher
 from rapm.network import TEACHER, Backbone
 from rapm.prompts import Prompt
 from rapm.run import Run
 from rapm.sample import open_studio
 from rapm.schedule import Grid
 from rapm.stages import make_trajectories
-from rapm.teacher import find_teacher
 from rapm.trajectories import TrajectoryStore, guided, noise, noise_of, rollout
 
 PROMPT = "a red star and a blue ring on grass"

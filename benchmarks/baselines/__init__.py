@@ -16,8 +16,8 @@ from rapm.config import Config
 from rapm.network import Backbone
 from rapm.objective import Conditioning, repeat
 from rapm.schedule import Grid, Schedule
-from rapm.train import Learner
 from rapm.trajectories import TrajectoryStore
+from rapm.turns import Learner
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from baselines import World
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, repeat
-from rapm.train import Learner
 from rapm.trajectories import guided
+from rapm.turns import Learner
 
 FAKE = "fake"
 LOWEST, HIGHEST = 20, 980  # timesteps that scores are compared at, both included

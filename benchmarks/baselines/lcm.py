@@ -13,8 +13,8 @@ from torch import Tensor
 from baselines import World, one_in_each_slot
 from rapm.network import STUDENT, TEACHER
 from rapm.objective import pseudo_huber
-from rapm.train import Learner
 from rapm.trajectories import guided
+from rapm.turns import Learner
 
 TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5
 

@@ -19,8 +19,8 @@ from baselines import Pictures, one_in_each_slot
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, hinge_critic, hinge_student, pseudo_huber
 from rapm.schedule import Grid, Schedule
-from rapm.train import Learner
 from rapm.trajectories import guided
+from rapm.turns import Learner
 
 ADVERSARIAL_WEIGHT = 0.1
 

@@ -9,7 +9,8 @@ import torch
 from baselines import World
 from rapm.network import STUDENT
 from rapm.objective import pseudo_huber, repeat, student_step
-from rapm.train import Learner, draw_batch
+from rapm.train import draw_batch
+from rapm.turns import Learner
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def distill(
     """The whole chain: trajectories, training, export, a sheet of pictures."""
     from rapm import stages
     from rapm.export import exported
+    from rapm.finding import teacher_of
     from rapm.plan import check_room, gpus_here, make_plan, render
-    from rapm.teacher import teacher_of
 
     chosen = _configuration(config, preset, teacher, teacher_config, teacher_lora, prompts, size, settings)
     run = _open_run(chosen, out)
@@ -174,7 +174,7 @@ def plan(
 ) -> None:
     """What a run would cost: disk, memory, network calls, hours. Loads no weights."""
     from rapm import plan as planning
-    from rapm.teacher import architecture_of
+    from rapm.finding import architecture_of
 
     chosen = _configuration(config, preset, teacher, teacher_config, None, None, size, settings)
     found = architecture_of(chosen)

@@ -24,8 +24,9 @@ from rapm.errors import UserError
 from rapm.network import TEACHER, Backbone
 from rapm.objective import Conditioning, Renoising
 from rapm.teacher import Teacher, load_backbone
-from rapm.train import Batch, Players, batch_of, critic_turn, critics_alone, critics_play, make_players, student_turn, walk
+from rapm.train import batch_of, make_players
 from rapm.trajectories import Trajectory, guided
+from rapm.turns import Batch, Players, critic_turn, critics_alone, critics_play, student_turn, walk
 
 # Dense bfloat16 rate with float32 accumulation, TFLOP/s, and memory, GiB, as their makers state them.
 GPUS = {

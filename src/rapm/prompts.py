@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rapm.errors import UserError
+from rapm.errors import UserError, first_line
 
 COLUMNS = ("prompt", "caption", "text")  # the first of them that is there
 MOST_TOKENS = 77  # what CLIP's text encoders read, its two marks included
@@ -235,7 +235,7 @@ def _parquet_rows(file: Path) -> Iterator[_Row]:
             for number, record in enumerate(records, start=1):
                 yield _row(f"{file} row {number}", record, columns)
     except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {_first_line(error)}") from None
+        raise UserError(f"{file} cannot be read as Parquet: {first_line(error)}") from None
 
 
 _HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:]+))?(:(?P<split>.+))?", re.ASCII)
@@ -254,14 +254,10 @@ def _hub_rows(source: str) -> Iterator[_Row]:
     try:
         table = datasets.load_dataset(match["name"], revision=match["revision"], split=match["split"] or "train")
     except Exception as error:  # of the hub, the network or a damaged file: they have no base in common
-        raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{source} cannot be loaded: {first_line(error)}") from None
     columns = _columns(source, table.column_names)
     for number, record in enumerate(table.select_columns(columns.named()), start=1):
         yield _row(f"{source} row {number}", record, columns)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 _READERS = {

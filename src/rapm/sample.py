@@ -14,11 +14,12 @@ from torch import Tensor
 
 from rapm.errors import UserError
 from rapm.files import complete_or_absent, under_prefix
+from rapm.finding import teacher_of
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, Denoiser
 from rapm.run import Run
 from rapm.schedule import Schedule, trailing_timesteps
-from rapm.teacher import Teacher, move, teacher_of
+from rapm.teacher import Teacher, move
 from rapm.trajectories import check_facts, guided, picture_noise
 
 

@@ -19,12 +19,13 @@ from rapm.errors import UserError
 from rapm.evaluate import toy_protocol
 from rapm.export import export_run
 from rapm.files import write_json
+from rapm.finding import teacher_of
 from rapm.network import STUDENT, TEACHER
 from rapm.objective import Conditioning
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.teacher import Teacher, load_backbone, move, teacher_of
+from rapm.teacher import Teacher, load_backbone, move
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
@@ -286,7 +287,7 @@ def distill(
     """The whole chain: trajectories, training, export, a sheet of pictures. Call it again to go on where it stopped.
 
     Args:
-        teacher: see :func:`rapm.teacher.find_teacher`, and there for ``teacher_config`` and ``teacher_loras``.
+        teacher: see :func:`rapm.finding.find_teacher`, and there for ``teacher_config`` and ``teacher_loras``.
         out: the run's folder.
         prompts: a file, or ``hub:OWNER/NAME``, see :func:`rapm.prompts.read_prompts`; the toy teacher can do without.
         size: of the pictures, WIDTHxHEIGHT; several with commas between.
