@@ -72,8 +72,12 @@ PCM = {
 
 
 COMPARED = {"no checkpointing": "PCM, no checkpointing"}
-# The embedded teacher, for which Python's share is largest: the demo's preset, and the paper's positions.
-TOY = {"the demo's": [], "stored positions, both terms": ["training.positions=stored", "training.relative_weight=1"]}
+# The embedded teacher, for which Python's share is largest: as the library does it, and the paper's positions.
+CRITICS = ["critics.adversarial_weight=0.4"]
+TOY = {
+    "as the library does it": CRITICS,
+    "stored positions, both terms": [*CRITICS, "training.positions=stored", "training.relative_weight=1"],
+}
 # Full-size networks are measured in the paper's form.
 PAPER = [*TOY["stored positions, both terms"], "trajectories.fine_steps=25"]
 # What is counted: every iteration with critics, if there are any.

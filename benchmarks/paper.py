@@ -30,17 +30,19 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import numpy as np
 import torch
 from baselines import Method, Pictures, World, dmd2, lcm, pcm, regression
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import rapm.train as training
+import rapm.turns as turns
 from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import NonFinite
 from rapm.evaluate import toy_protocol as protocol
-from rapm.evaluate.metrics import frechet_distance, pair_distance
+from rapm.evaluate.metrics import frechet_distance
 from rapm.files import load_tensors, save_tensors, under_prefix, with_prefix
 from rapm.finding import teacher_of
 from rapm.network import STUDENT, TEACHER, Backbone
@@ -58,7 +60,13 @@ from rapm.trajectories import Trajectory, TrajectoryStore, guided, picture_noise
 from rapm.turns import Batch, Learner, Players, Walked
 
 UPDATES = 600  # of the student, in every run whose name does not say otherwise
-SHARED = ["training.positions=stored", "training.relative_weight=1", "training.absolute_weight=1", "trajectories.fine_steps=10"]
+SHARED = [
+    "training.positions=stored",
+    "training.relative_weight=1",
+    "training.absolute_weight=1",
+    "trajectories.fine_steps=10",
+    "critics.adversarial_weight=0.4",
+]
 FOLLOWED = ["training.positions=followed", "trajectories.fine_steps=3"]  # as in the demo
 NO_CRITICS = ["critics.adversarial_weight=0"]
 SEEDS = (0, 1, 2)
@@ -124,7 +132,7 @@ class Spec:
     def updates_in(self, config: Config, iterations: int) -> int:
         """Updates of the student in the first so many iterations."""
         if self.method.startswith("rapm"):
-            return sum(not training.critics_alone(config, k) for k in range(iterations))
+            return sum(not turns.critics_alone(config, k) for k in range(iterations))
         return iterations // METHODS[self.method].turns
 
 
@@ -298,7 +306,9 @@ def longer() -> list[Spec]:
 
 
 def textured(out: Path) -> list[Spec]:
-    """In a world of more texture, once ``benchmarks/textured.py`` has built it: whether critics are worth more there."""
+    """In a world of more texture, once ``benchmarks/textured.py`` has built it: whether critics are worth more there, in which
+    form, and what neighbours do there in the time of followed RAPM with critics, at the rates that were best in the embedded.
+    """
     if not in_world(out / "textured"):
         return []
     followed = [*FOLLOWED, *ABSOLUTE]
@@ -309,7 +319,15 @@ def textured(out: Path) -> list[Spec]:
         Spec("textured", "followed, absolute only, as long as with critics", settings=[*followed, *NO_CRITICS], updates=730),
         Spec("textured", "followed, absolute only, with critics", settings=followed),
     ]
-    return [replace(spec, seed=seed, world="textured") for seed in SEEDS for spec in specs]
+    hinge, own_noise = ["critics.loss=hinge"], ["critics.noise=independent", "critics.noise_power=1"]
+    others = [
+        Spec("textured", "PCM", "pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], updates=541),
+        Spec("textured", "regression", "regression", FEW_FINE, updates=1585),
+        Spec("textured", "followed, absolute only, with critics, hinge", settings=[*followed, *hinge]),
+        Spec("textured", "followed, absolute only, with critics as PCM's", settings=[*followed, *hinge, *own_noise]),
+    ]
+    seeds = [replace(spec, seed=seed) for seed in SEEDS for spec in specs]
+    return [replace(spec, world="textured") for spec in (*seeds, *others)]
 
 
 def tables(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, list[Spec]]:
@@ -357,7 +375,7 @@ def undetached_turn(players: Players, batch: Batch, renoising: Mapping[str, Any]
 
 def train_rapm(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher) -> None:
     """``rapm``; ``rapm-undetached``, ``rapm-own-start`` and ``rapm-heads-only`` with one part of the library replaced."""
-    turn, make = training.student_turn, training.make_players
+    turn, make = turns.student_turn, training.make_players
 
     def heads_only(config: Config, *given: Any) -> Players:
         players = make(config, *given)
@@ -374,32 +392,38 @@ def train_rapm(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher) -
     if spec.method == "rapm-heads-only":
         training.make_players = heads_only
     if spec.method == "rapm-undetached":
-        training.student_turn = undetached_turn
+        turns.student_turn = undetached_turn
     if spec.method == "rapm-own-start":
         training.make_players = lambda *given: OwnStart(**vars(make(*given)))
     try:
         if not training.train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule):
             sys.exit(f"{spec.key} was stopped")
     finally:
-        training.student_turn, training.make_players = turn, make
+        turns.student_turn, training.make_players = turn, make
 
 
 # -------------------------------------------------------------------------------------------------------------- neighbours
 
 
-def pictures(out: Path, studio: Studio) -> Pictures:
-    """Rendered scenes of training captions, in latents; made once."""
-    file = out / "pictures.safetensors"
+def pictures(home: Path) -> Pictures:
+    """A world's rendered scenes of training captions, in latents; made once."""
+    file, device = home / "pictures.safetensors", configuration.load(preset="toy").torch_device
     if not file.is_file():
-        drawn = [scenes.scene(100, k, "train") for k in range(PICTURES)]
-        pixels = torch.from_numpy(scenes.render_many(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if in_world(home):
+            rendered = np.load(home / "scenes.npy", mmap_mode="r")[:PICTURES]
+            captions = json.loads((home / "scenes.json").read_text())[:PICTURES]
+        else:
+            drawn = [scenes.scene(100, k, "train") for k in range(PICTURES)]
+            rendered, captions = scenes.render_many(drawn), [each.caption for each in drawn]
+        studio = open_studio(Run(home / "stores", configuration.load(preset="toy", settings=in_world(home))), student=False)
+        pixels = torch.from_numpy(np.array(rendered)).permute(0, 3, 1, 2).float() / 127.5 - 1
         vae, latents = studio._pictures.vae, []
         with torch.no_grad():
             for batch in pixels.split(50):
                 latents.append(vae.encode(batch.to(vae.device)).latent_dist.mean * vae.config.scaling_factor)
-        conditioning, _ = studio.encode([each.caption for each in drawn])
+        conditioning, _ = studio.encode(captions)
         save_tensors(file, {"latents": torch.cat(latents).cpu(), **with_prefix("conditioning", conditioning)})
-    tensors = {name: value.to(studio.backbone.device) for name, value in load_tensors(file).items()}
+    tensors = {name: value.to(device) for name, value in load_tensors(file).items()}
     return Pictures(tensors["latents"], under_prefix("conditioning", tensors))
 
 
@@ -508,14 +532,13 @@ def scores(measured: protocol.Measured, many: protocol.Measured) -> dict[str, fl
     for _ in range(BOOTSTRAP):
         rows = torch.randint(n, (n,), generator=generator)
         again.append(frechet_distance(measured.first[rows], many.second))
-    pairs = len(measured.second)
+    found = protocol.compared(measured, many)
     return {
-        "fid": frechet_distance(measured.first, many.second),
+        "fid": found["fid_to_teacher"],
         "fid_deviation": float(torch.tensor(again).std()),
-        "accuracy": float(measured.right.mean()),
-        "diversity": pair_distance(measured.first[:pairs], measured.second)
-        / pair_distance(many.first[:pairs], many.second[:pairs]),
-        "sharpness": float(measured.sharp.mean() / many.sharp.mean()),
+        "accuracy": found["caption_accuracy"],
+        "diversity": found["diversity"],
+        "sharpness": found["sharpness"],
     }
 
 
@@ -605,8 +628,7 @@ def train_one(spec: Spec, out: Path) -> tuple[Run, TrajectoryStore]:
         if spec.method.startswith("rapm"):
             train_rapm(spec, run, store, teacher)
         else:
-            given = pictures(out, open_studio(Run(out / "stores", config), student=False))
-            train_neighbour(spec, run, store, teacher, given)
+            train_neighbour(spec, run, store, teacher, pictures(out / spec.world))
     return run, store
 
 
@@ -664,8 +686,8 @@ def run_all(out: Path, left: Sequence[Spec], jobs: int) -> None:
     make_stores(out, left)
     for world in {spec.world for spec in left}:
         reference(out / world)
-    if any(spec.method in METHODS for spec in left):
-        pictures(out, open_studio(Run(out / "stores", configuration.load(teacher="toy")), student=False))
+    for world in {spec.world for spec in left if spec.method in METHODS}:
+        pictures(out / world)
     cores: Queue[int] = Queue()
     for core in range(jobs):
         cores.put(core)

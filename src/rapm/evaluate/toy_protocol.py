@@ -119,6 +119,18 @@ def measure(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split)
     return gather([(job, draw(studio, oracle, role, steps, split, job)) for job in batches])
 
 
+def compared(measured: Measured, many: Measured) -> dict[str, float]:
+    """What a model's pictures come to beside those of the teacher's ``many`` steps, by the names of :class:`Row`."""
+    pairs = len(measured.second)
+    return {
+        "fid_to_teacher": frechet_distance(measured.first, many.second),
+        "caption_accuracy": float(measured.right.mean()),
+        "diversity": pair_distance(measured.first[:pairs], measured.second)
+        / pair_distance(many.first[:pairs], many.second[:pairs]),
+        "sharpness": float(measured.sharp.mean() / many.sharp.mean()),
+    }
+
+
 def _seconds_per_image(studio: Studio, role: str, steps: int, split: Split) -> tuple[float, Tensor]:
     """Times a batch of 16 pictures, decoding included; returns the pictures too."""
     texts = captions(TIMED, CAPTION_SEED, split)
@@ -158,13 +170,9 @@ def score(studio: Studio, split: Split, student_steps: int) -> list[Row]:
                 model=role,
                 steps=steps,
                 guidance_scale=studio.guidance_scale if role == TEACHER else 1.0,
-                fid_to_teacher=frechet_distance(measured.first, many.second),
-                caption_accuracy=float(measured.right.mean()),
-                diversity=pair_distance(measured.first[:PAIRS], measured.second[:PAIRS])
-                / pair_distance(many.first[:PAIRS], many.second[:PAIRS]),
-                sharpness=float(measured.sharp.mean() / many.sharp.mean()),
                 seconds_per_image=seconds,
                 images=len(measured.first),
+                **compared(measured, many),
             )
         )
     return rows

@@ -1,7 +1,8 @@
 """Measures the embedded teacher and writes the reference that evaluations compare with: ``python -m rapm.toy.score``.
 
 Prints, for the split's captions: caption accuracy at 100 steps; FID between two sets of 100-step pictures from different
-seeds (the floor); FID at few steps and its ratio to the floor.
+seeds (the floor); FID at few steps and its ratio to the floor; scores at few steps and lower guidance, which so few steps
+bear better.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--few", type=int, nargs="*", default=[1, 2, 8], help="numbers of steps to measure beside 100 and 4")
+    parser.add_argument(
+        "--lower", type=float, nargs="*", default=[2, 3, 5], help="guidance scales to measure beside the card's"
+    )
+    parser.add_argument("--lower-at", type=int, nargs="*", default=[4, 8], help="numbers of steps to measure these at")
     parser.add_argument("--out", type=Path, default=Path(".toy-build"), help="working folder; run again to go on")
     split: Split = (arguments := parser.parse_args()).split
     started = time.monotonic()
@@ -82,13 +87,20 @@ def main() -> None:
         measured = reference.get(steps) or protocol.measure(studio, oracle, TEACHER, steps, split)
         fid = frechet_distance(measured.first, teacher.second)
         few[steps] = {"fid": fid, "over_floor": fid / floor, "caption_accuracy": float(measured.right.mean())}
+    card, lower = studio.guidance_scale, []
+    for steps in arguments.lower_at:
+        for studio.guidance_scale in arguments.lower:
+            measured = protocol.measure(studio, oracle, TEACHER, steps, split)
+            found = {"steps": steps, "guidance_scale": studio.guidance_scale}
+            lower.append(found | protocol.compared(measured, teacher))
     figures = {
         "split": split,
-        "guidance_scale": studio.guidance_scale,
+        "guidance_scale": card,
         "caption_accuracy": float(teacher.right.mean()),
         "caption_accuracy_by_count": by_count,
         "fid_floor": floor,
         "few_steps": few,
+        "lower_guidance": lower,
         "seconds": round(time.monotonic() - started),
     }
     write_json(ASSETS / f"figures-{split}.json", figures)
