@@ -16,6 +16,7 @@ from ldm import save_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rapm import finding
 from rapm.errors import UserError
 from rapm.families import stable_diffusion
 from rapm.finding import find_teacher
@@ -410,6 +411,32 @@ def test_a_single_file_takes_its_configs_from_the_cache(
     teacher = find_teacher(str(file))
     assert teacher.folder == snapshot
     assert torch.equal(rolled_out(teacher), rolled_out(find_teacher(str(small_teachers["sdxl"]))))
+
+    tensors = load_file(file)  # what a file says of itself counts beside configs that it did not bring
+    save_file(tensors, file, {"modelspec.prediction_type": "epsilon"})
+    assert find_teacher(str(file)).schedule.prediction_type == "epsilon"
+    save_file(tensors, file, {"modelspec.prediction_type": "v"})
+    assert "says that it predicts v, its configs say 'epsilon'" in refused(file)
+    assert find_teacher(str(file), config=str(snapshot)).schedule.prediction_type == "epsilon"
+    save_file(tensors | {"edm_vpred.sigma_max": torch.zeros(1)}, file)
+    assert "is sampled by EDM's noise levels" in refused(file, config=str(snapshot))
+
+
+def test_configs_of_which_only_a_part_is_in_the_cache_are_fetched(
+    small_teachers: dict[str, Path], hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, whole = tmp_path / "model.safetensors", small_teachers["sdxl"]
+    save_single_file(DiffusionPipeline.from_pretrained(whole, safety_checker=None), file)
+    snapshot = put_in_cache(hub_cache, "stabilityai/stable-diffusion-xl-base-1.0", "main", whole)
+    for part in snapshot.iterdir():
+        if part.name != "vae":
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+    def fetched(repository: str, *, local_files_only: bool = False, **_: object) -> str:
+        return str(snapshot if local_files_only else whole)
+
+    monkeypatch.setattr(finding, "snapshot_download", fetched)
+    assert find_teacher(str(file)).folder == whole
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:

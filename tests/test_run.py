@@ -1,6 +1,7 @@
 """The run's folder: when it may be gone on with, and what survives kills and full disks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,28 @@ def test_until_there_is_a_checkpoint_settings_may_change(run):
     other = load(settings=[*BASE, "student.rank=2"])
     assert Run.open(run.folder, other).config == other
     assert Run.existing(run.folder).config == other
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux says what is mapped")
+def test_what_was_loaded_does_not_hold_the_file(run):
+    """Windows deletes no file that is mapped, and the checkpoint that a run went on from is deleted while it goes on."""
+    run.save_checkpoint(1, weights(1))
+    _, state = run.load_checkpoint()
+    assert str(run.checkpoints) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(state["a"], weights(1)["a"])
+
+
+def test_a_checkpoint_that_cannot_be_deleted_stops_nothing(run, monkeypatch):
+    def held(self):
+        raise PermissionError("another program has it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", held)
+        for step in (1, 2, 3):
+            run.save_checkpoint(step, weights(step))
+    assert run.checkpoint_steps() == [1, 2, 3]
+    run.save_checkpoint(4, weights(4))
+    assert run.checkpoint_steps() == [3, 4]
 
 
 def test_settings_edited_behind_a_checkpoints_back_are_refused(run):

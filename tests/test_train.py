@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import rapm.train as training
 from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
@@ -60,6 +61,14 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
             assert filecmp.cmp(run.checkpoints / name, whole.checkpoints / name, shallow=False)
         strip = [{k: v for k, v in record.items() if k != "seconds"} for record in run.read_metrics()]
         assert strip == [{k: v for k, v in record.items() if k != "seconds"} for record in whole.read_metrics()]
+
+
+def test_it_saves_in_time_however_slow_iterations_are(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LONGEST_UNSAVED", 0)
+    config = changed(tiny_config, training={"iterations": 3, "checkpoint_every": 1000, "keep_checkpoints": 9})
+    assert trained(config, tmp_path / "run").checkpoint_steps() == [1, 2, 3]
 
 
 def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:

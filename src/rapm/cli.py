@@ -128,6 +128,8 @@ def distill(
     run = _open_run(chosen, out)
     plan = make_plan(chosen, teacher_of(chosen))
     print(render(plan, chosen, gpus_here()))
+    no_gpu = chosen.torch_device == "cpu" and chosen.device == "auto"
+    print(f"Computes on {chosen.torch_device}{', as torch sees no GPU (see rapm doctor)' if no_gpu else ''}")
     if not force:
         check_room(plan, chosen, run.folder)
     with _told_when_stopped(run.folder):

@@ -22,6 +22,7 @@ from torch import Tensor
 from rapm.config import Config
 from rapm.errors import UserError, first_line
 from rapm.families import Family, families
+from rapm.files import load_metadata
 from rapm.schedule import PredictionType, Schedule
 from rapm.teacher import Lora, Teacher, ddim_scheduler, weights_of
 from rapm.toy import TEACHER as TOY
@@ -83,7 +84,13 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
     mark = _fingerprint(folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, _schedule(source, folder), mark)
     told = _header(checkpoint) if checkpoint else {}
-    if "v_pred" in told and teacher.schedule.prediction_type != "v_prediction":
+    # Metadata are easily carried on by merges, so they count where nothing else was said.
+    says_v = checkpoint and not config and load_metadata(checkpoint).get("modelspec.prediction_type", "").startswith("v")
+    if any(name.startswith("edm_vpred.") for name in told):
+        raise UserError(
+            f"teacher '{source}' is sampled by EDM's noise levels (edm_vpred); this version distils DDPM-style models"
+        )
+    if ("v_pred" in told or says_v) and teacher.schedule.prediction_type != "v_prediction":
         raise UserError(
             f"teacher '{source}' says that it predicts v, its configs say '{teacher.schedule.prediction_type}'; name a folder "
             "whose scheduler has prediction_type v_prediction with --teacher-config"
@@ -233,8 +240,14 @@ def _layout_of_checkpoint(file: Path, config: str) -> Path:
             "folder in diffusers' layout that does with --teacher-config"
         )
     repository = fetch_diffusers_config(header)["pretrained_model_name_or_path"]
+    wanted = ["*.json", "*/*.json", "*/*.txt"]
     try:
-        return Path(_first_cached(snapshot_download, repository, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
+        folder = Path(_first_cached(snapshot_download, repository, allow_patterns=wanted))
+        try:
+            _check_parts(repository, folder, _family(repository, folder), weights=False)
+        except UserError:  # some other program has fetched a part of it
+            folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        return folder
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise UserError(
             f"teacher '{file}' is '{kind}', whose configs and tokenizer are those of {repository}; that is not in the cache "

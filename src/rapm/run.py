@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ class Run:
                 f"checkpoint {step} could not be written ({error}); earlier checkpoints are whole: make room and run again"
             ) from None
         for old in self.checkpoint_steps()[: -self.config.training.keep_checkpoints]:
-            self._checkpoint(old).unlink()
+            with suppress(OSError):  # Windows keeps what another program is reading; it goes the next time
+                self._checkpoint(old).unlink()
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
         """The newest checkpoint and its step; (0, {}) when there is none.
@@ -119,7 +120,9 @@ class Run:
             return 0, {}
         file = self._checkpoint(steps[-1])
         try:
-            tensors, made = load_tensors(file), json.loads(load_metadata(file).get("made", "{}"))
+            # Copied: what is read is mapped from the file, and Windows deletes no file that is.
+            tensors = {name: value.clone() for name, value in load_tensors(file).items()}
+            made = json.loads(load_metadata(file).get("made", "{}"))
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); delete it to go on from the one before") from None
         changed = configuration.differences(configuration.parse_text(made.get("config", ""), str(file)), self.config)

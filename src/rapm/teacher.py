@@ -115,6 +115,8 @@ class Teacher:
                     self.folder, dtype=precision, use_safetensors=True, variant=self._variant(parts), **absent
                 )
             move(pipeline, device)
+        except torch.OutOfMemoryError:  # for who knows what would lower it
+            raise
         except _UNREADABLE as error:
             raise UserError(f"teacher '{self.source}' cannot be loaded: {first_line(error)}") from None
         pipeline.set_progress_bar_config(disable=True)

@@ -22,6 +22,8 @@ from rapm.schedule import Schedule
 from rapm.trajectories import Trajectory, TrajectoryStore
 from rapm.turns import KIND, Batch, Learner, Players, critic_turn, critics_alone, critics_play, student_turn, turns
 
+LONGEST_UNSAVED = 15 * 60  # seconds: what a machine that goes down costs at most, however slow its iterations are
+
 
 def _generator(seed: int, *what: object) -> torch.Generator:
     """Randomness as a function of the seed and what it is for."""
@@ -128,7 +130,7 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             step, {name: value for part in (*parts, with_prefix("average", average)) for name, value in part.items()}
         )
 
-    started = time.monotonic()
+    started = saved = time.monotonic()
     with (
         _stop_on_interrupt() as stopped,
         track(range(first, training.iterations), "training", total=training.iterations, initial=first) as bar,
@@ -152,8 +154,10 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
                 get_ema_multi_avg_fn(decay)(list(average.values()), weights, 0)
             run.log(record | losses | {"rate": factor, "seconds": round(time.monotonic() - started, 3)})
             stop = stopped()
-            if (iteration + 1) % training.checkpoint_every == 0 or iteration + 1 == training.iterations or stop:
+            due = (iteration + 1) % training.checkpoint_every == 0 or iteration + 1 == training.iterations
+            if due or stop or time.monotonic() - saved > LONGEST_UNSAVED:
                 save(iteration + 1)
+                saved = time.monotonic()
             if stop and iteration + 1 < training.iterations:
                 return False
     return True
@@ -174,8 +178,8 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    ends = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]  # the second is Windows'
+    numbers += [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
     kept = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: bool(asked)
