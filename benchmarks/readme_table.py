@@ -9,12 +9,26 @@ import json
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from markers import markdown, replace_between
 
+from rapm.toy import ASSETS
+
+FIGURES = ASSETS / "figures-test.json"  # python -m rapm.toy.score
 README = Path(__file__).parents[1] / "README.md"
 START = "<!-- table: benchmarks/readme_table.py -->"
-TITLES = "model", "steps", "network calls", "FID to teacher", "caption accuracy", "diversity", "sharpness", "s a picture"
+TITLES = (
+    "model",
+    "steps",
+    "guidance",
+    "network calls",
+    "FID to teacher",
+    "caption accuracy",
+    "diversity",
+    "sharpness",
+    "s a picture",
+)
 
 
 def table(folders: list[Path]) -> str:
@@ -26,11 +40,19 @@ def table(folders: list[Path]) -> str:
             if place and row["model"] == "teacher":
                 continue
             name = row["model"] + (f" (training seed {seed})" if row["model"] == "student" else "")
-            calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
-            scored = [f"{row[score]:.3f}" for score in ("fid_to_teacher", "caption_accuracy")]
-            scored += [f"{row[score]:.2f}" for score in ("diversity", "sharpness")]
-            rows.append([name, str(row["steps"]), str(calls), *scored, f"{row['seconds_per_image']:.3f}"])
+            rows.append([name, *cells(row), f"{row['seconds_per_image']:.3f}"])
+        if not place:  # what the teacher does in few steps if asked for less guidance
+            rows += [["teacher", *cells(row), ""] for row in json.loads(FIGURES.read_text())["lower_guidance"]]
+    rows.sort(key=lambda row: row[0].startswith("student"))
     return markdown(TITLES, rows)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """What is shown of scores by the names of :class:`rapm.evaluate.toy_protocol.Row`."""
+    calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
+    scored = [f"{row[score]:.3f}" for score in ("fid_to_teacher", "caption_accuracy")]
+    scored += [f"{row[score]:.2f}" for score in ("diversity", "sharpness")]
+    return [str(row["steps"]), f"{row['guidance_scale']:g}", str(calls), *scored]
 
 
 def main() -> None:

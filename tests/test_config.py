@@ -156,7 +156,7 @@ def test_a_value_is_not_bent_into_another_type(setting):
         (["trajectories.fine_steps=251"], ["slots", "fine_steps", "1004 fine steps do not fit into 1000", "lower M to 250"]),
         (["trajectories.delta=11"], ["delta must be from 1 to M = 10 fine steps, not 11"]),
         (
-            ["critics.start=0.9", "critics.head_start=0.1"],
+            ["critics.adversarial_weight=0.4", "critics.start=0.9", "critics.head_start=0.1"],
             ["critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"],
         ),
         (["training.relative_weight=[1, 1]"], ["training.relative_weight has 2 weights for N = 4 slots"]),

@@ -18,6 +18,7 @@ from conftest import SMALL, make_lora
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from rapm.config import Config
 from rapm.errors import UserError
@@ -208,6 +209,26 @@ def test_fewer_bits_from_end_to_end(
     assert studio.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
     assert studio._pictures.vae.dtype == vae
     assert "cannot run with" not in caplog.text  # diffusers' word on float16, of a pipeline that leaves the GPU
+
+
+def test_teacher_and_prompts_may_move_once_there_are_trajectories(
+    finished: Run, tiny_teacher: Path, small_teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    moved, other = tmp_path / "moved", make_config(small_teachers["sd21"], tmp_path)
+    shutil.copytree(tiny_teacher, moved)
+    config = make_config(moved, tmp_path)
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run = open_run(config, tmp_path / "run")
+    export_run(run)
+    there, here = (load_file(exported(each).diffusers) for each in (finished, run))
+    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    with pytest.raises(UserError, match="made with another teacher"):
+        open_run(other, run.folder)
+    with pytest.raises(UserError, match="made with another teacher"):
+        open_studio(Run(run.folder, other))
+    shutil.rmtree(run.trajectories)
+    with pytest.raises(UserError, match=r"holds a run with other settings \(teacher: "):
+        open_run(config, run.folder)
 
 
 def test_one_network_at_a_time(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,10 @@ _FREE_ON_RESUME = {
 }
 
 
+# Where things lie. What they are is held against the fingerprints that trajectories carry, so files may move.
+_PLACES = {("teacher",), ("teacher_config",), ("teacher_loras",), ("trajectories", "prompts")}
+
+
 def flatten(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in table.items():
@@ -251,10 +255,12 @@ def flatten(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tupl
     return flat
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """The keys in which two configurations would compute different results, with both values."""
+def differences(old: Config, new: Config, *, may_have_moved: bool = False) -> list[str]:
+    """The keys in which two configurations would compute different results, with both values; without those that say where
+    teacher and prompts lie, if these may have moved."""
     a, b = flatten(old.model_dump()), flatten(new.model_dump())
-    return [f"{'.'.join(k)}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k] and k not in _FREE_ON_RESUME]
+    free = _FREE_ON_RESUME | (_PLACES if may_have_moved else set())
+    return [f"{'.'.join(k)}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k] and k not in free]
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

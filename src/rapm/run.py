@@ -19,6 +19,7 @@ from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.files import load_metadata, load_tensors, save_tensors, write_text
+from rapm.trajectories import read_manifest
 from rapm.versions import versions
 
 
@@ -125,7 +126,9 @@ class Run:
             made = json.loads(load_metadata(file).get("made", "{}"))
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); delete it to go on from the one before") from None
-        changed = configuration.differences(configuration.parse_text(made.get("config", ""), str(file)), self.config)
+        before = configuration.parse_text(made.get("config", ""), str(file))
+        known = read_manifest(self.trajectories) is not None  # whoever uses the run holds teacher and prompts against it
+        changed = configuration.differences(before, self.config, may_have_moved=known)
         if changed:
             raise UserError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed[:4])}{' ...' if changed[4:] else ''}); "
