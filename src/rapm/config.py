@@ -152,7 +152,7 @@ class Training(Section):
     seed: int = 0
     """Of everything drawn in training and of the adapters' first weights."""
     checkpoint_every: Positive = 500
-    """Iterations between checkpoints; the last one is always kept."""
+    """Iterations between checkpoints; one is written every 15 minutes besides, and after the last iteration."""
     keep_checkpoints: Positive = 2
     """How many are kept."""
 

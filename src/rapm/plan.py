@@ -366,6 +366,8 @@ def render(plan: Plan, config: Config, gpus: Mapping[str, tuple[float, float]], 
     for name, (rate, memory) in gpus.items():
         fits = "" if plan.peak + CONTEXT < memory * 2**30 else "   does not fit"
         lines.append(f"  {name:36} {plan.hours(rate, 'trajectories'):12.2f} {plan.hours(rate, 'training'):10.2f}{fits}")
+    if gpus and config.precision == "float32":
+        lines += ["  (by the rate in bfloat16; float32, as these settings have it, takes twice as long or more)"]
     if measured:
         counts, settings = iteration_counts(config), config.trajectories
         rows = min(settings.batch_size, settings.count)
