@@ -253,10 +253,10 @@ def sweeps() -> list[Spec]:
     specs += [spec("trajectories", f"followed, {count} of M = 3", [], first=count) for count in (16, 64, 256)]
     specs += [spec("trajectories", f"followed, 1000 of M = {m}", [f"trajectories.fine_steps={m}"]) for m in (1, 5, 10)]
     for fine in (5, 10, 25, 50):
-        for count in (16, 64, 256, 1000) if fine <= 10 else (16, 64, 256):
+        for count in (16, 64, 256, 1000 if fine <= 10 else UPDATES):  # updates see no more of 1,000 than that
             settings = [stored, f"trajectories.fine_steps={fine}"]
-            if fine > 10:  # a rollout of 1,000 would take an hour and more
-                settings.append("trajectories.count=256")
+            if fine > 10:  # where a rollout takes long
+                settings.append(f"trajectories.count={max(count, 256)}")
             if (fine, count) != (10, 1000):  # that is one of "ablation"
                 specs.append(spec("trajectories", f"stored, {count} of M = {fine}", settings, first=count))
     return specs
@@ -307,19 +307,19 @@ def textured(out: Path) -> list[Spec]:
     """
     if not in_world(out / "textured"):
         return []
-    followed = [*FOLLOWED, *ABSOLUTE]
+    followed, hinge = [*FOLLOWED, *ABSOLUTE], ["critics.loss=hinge"]
+    own_noise = ["critics.noise=independent", "critics.noise_power=1"]
     specs = [
         Spec("textured", "stored, absolute only", settings=[*ABSOLUTE, *NO_CRITICS]),
         Spec("textured", "stored, absolute only, with critics", settings=ABSOLUTE),
         Spec("textured", "followed, absolute only", settings=[*followed, *NO_CRITICS]),
         Spec("textured", "followed, absolute only, as long as with critics", settings=[*followed, *NO_CRITICS], updates=730),
         Spec("textured", "followed, absolute only, with critics", settings=followed),
+        Spec("textured", "followed, absolute only, with critics, hinge", settings=[*followed, *hinge]),
     ]
-    hinge, own_noise = ["critics.loss=hinge"], ["critics.noise=independent", "critics.noise_power=1"]
     others = [
         Spec("textured", "PCM", "pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], updates=541),
         Spec("textured", "regression", "regression", FEW_FINE, updates=1585),
-        Spec("textured", "followed, absolute only, with critics, hinge", settings=[*followed, *hinge]),
         Spec("textured", "followed, absolute only, with critics as PCM's", settings=[*followed, *hinge, *own_noise]),
     ]
     seeds = [replace(spec, seed=seed) for seed in SEEDS for spec in specs]

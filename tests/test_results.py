@@ -326,6 +326,17 @@ def test_sample_writes_three_rows(finished: Run, tmp_path: Path) -> None:
     assert sample_run(finished, count=1, many_steps=2) == finished.samples / "seed-0-steps-4.png"
 
 
+def test_a_run_is_looked_at_before_and_while_it_trains(finished: Run, tmp_path: Path) -> None:
+    run = Run.existing(Path(shutil.copytree(finished.folder, tmp_path / "run")))
+    half_way = run._checkpoint(8).rename(run._checkpoint(4))
+    for rows, iteration in ((3, 4), (2, 0)):  # the teacher's alone where there is no student yet
+        file = sample_run(run, count=1, many_steps=2)
+        assert file == run.samples / f"seed-0-steps-4-iteration-{iteration}.png"
+        with Image.open(file) as picture:
+            assert picture.height == rows * (128 + 4 + 22) + 4
+        half_way.unlink(missing_ok=True)
+
+
 def test_a_finished_run_is_skipped_stage_by_stage(finished: Run) -> None:
     files = [*finished.trajectories.iterdir(), *finished.checkpoints.iterdir()]
     before = {file: file.stat().st_mtime_ns for file in files}

@@ -249,7 +249,10 @@ def sample(
     count: Annotated[int, typer.Option(min=1, max=64, help="Pictures a row.")] = 8,
     file: Annotated[Path | None, typer.Option(help="The PNG to write; in the run's samples/ when left out.")] = None,
 ) -> None:
-    """Draw a sheet: teacher at many steps, teacher at few steps, student, from the same seeds."""
+    """Draw a sheet: teacher at many steps, teacher at few steps, student, from the same seeds.
+
+    While the run trains, too; before its first checkpoint the teacher alone.
+    """
     from rapm import stages
     from rapm.run import Run
 

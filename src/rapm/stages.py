@@ -221,7 +221,8 @@ def sample_run(
     count: int = 8,
     file: Path | None = None,
 ) -> Path:
-    """Draws a sheet from the same seeds: the teacher at many steps, the teacher at few steps, the student.
+    """Draws a sheet from the same seeds: the teacher at many steps, the teacher at few steps, the student of the newest
+    checkpoint. A run may be training meanwhile; one that has no checkpoint yet gives the teacher's two rows.
 
     Args:
         prompts: taken in turn; none gives held-out captions of the toy world, or the first of the run's own prompts.
@@ -232,8 +233,9 @@ def sample_run(
     """
     steps = steps or run.config.trajectories.slots
     few_steps = few_steps or steps
+    iteration, iterations = max(run.checkpoint_steps(), default=0), run.config.training.iterations
     with _within_memory(run.config, "pictures"):
-        studio = open_studio(run)
+        studio = open_studio(run, student=iteration > 0)
     if not prompts:
         if run.config.teacher == "toy" and not run.config.trajectories.prompts:
             prompts = scenes.captions(count, 1, "validation")
@@ -244,12 +246,16 @@ def sample_run(
     seeds = range(seed, seed + count)
     scale = studio.guidance_scale
     calls = 1 if scale == 1 else 2
+    name, so_far = f"seed-{seed}-steps-{steps}", ""
+    if iteration < iterations:  # each look at a run that learns is kept
+        name, so_far = f"{name}-iteration-{iteration}", f", after {iteration:,} of {iterations:,} iterations"
     rows = [
         (f"teacher, {many_steps} steps, guidance {scale:g} ({calls * many_steps} network calls)", TEACHER, many_steps),
         (f"teacher, {few_steps} steps, guidance {scale:g} ({calls * few_steps} network calls)", TEACHER, few_steps),
-        (f"student, {steps} steps, no guidance ({steps} network calls)", STUDENT, steps),
     ]
-    file = file or run.samples / f"seed-{seed}-steps-{steps}.png"
+    if iteration:
+        rows.append((f"student, {steps} steps, no guidance ({steps} network calls){so_far}", STUDENT, steps))
+    file = file or run.samples / f"{name}.png"
     with _within_memory(run.config, "pictures"):
         images = [(title, studio.images(role, texts, seeds, n)) for title, role, n in rows]
     sheet(images, file)
