@@ -45,7 +45,7 @@ from rapm.doctor import cpu_has_bfloat16
 from rapm.finding import architecture_of
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
-from rapm.plan import Stub, duration, given, make_plan, peak_of_process, teacher_pass, without_weights
+from rapm.plan import Stub, duration, given, make_plan, peak_of_process, teacher_pass, walking, without_weights
 from rapm.teacher import Teacher, load_backbone
 from rapm.train import make_players
 from rapm.turns import Learner, Walked, critic_turn, student_turn
@@ -72,9 +72,10 @@ PCM = {
 
 
 COMPARED = {"no checkpointing": "PCM, no checkpointing"}
-# The embedded teacher, for which Python's share is largest: as the library does it, and the paper's positions.
+# The embedded teacher, for which Python's share is largest: as the demo and as the library does it, and the paper's positions.
 CRITICS = ["critics.adversarial_weight=0.4"]
 TOY = {
+    "as the demo does it, no critics": [],
     "as the library does it": CRITICS,
     "stored positions, both terms": [*CRITICS, "training.positions=stored", "training.relative_weight=1"],
 }
@@ -237,7 +238,13 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
         losses, walked[:] = student_turn(players, batch, shown)
         return losses
 
+    def walk() -> dict[str, float]:
+        walking(players, stub)
+        return {}
+
+    ahead = config.training.walk_ahead
     work: dict[str, tuple[Callable[[], dict[str, float]], list[Learner]]] = {
+        **({"walk": (walk, [])} if ahead > 1 else {}),  # of several iterations: they share what it takes
         "student": (student, [players.student]),
         "critics": (lambda: critic_turn(players, walked, shown), critics),
     }
@@ -264,6 +271,10 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
                     again(backbone, passes, adapters)
             found[key][name] = statistics.median(floor[1:])
         clear(learners)
+    if ahead > 1:
+        found["seconds"]["walk"] = [seconds / ahead for seconds in found["seconds"]["walk"]]
+        for key in ("floor", "floor_with_lora"):
+            found[key]["walk"] /= ahead
     return found
 
 

@@ -64,6 +64,7 @@ SHARED = [
     "training.positions=stored",
     "training.relative_weight=1",
     "training.absolute_weight=1",
+    "training.walk_ahead=1",
     "trajectories.fine_steps=10",
     "critics.adversarial_weight=0.4",
 ]

@@ -69,9 +69,12 @@ def mistake(answer):
             "settings: trajectories.size: write WIDTHxHEIGHT in pixels, several with commas between: 1024x1024,896x1152",
         ),
         ("--size 66x64", "trajectories.size: this teacher's pictures have sides that are multiples of 16 pixels, not 66x64"),
-        (
-            "--size 64x64,64x96 --set training.batch_size=2",
-            "settings: trajectories.size names several sizes; pictures of different size fit in no batch: ",
+        *(
+            (
+                f"--size 64x64,64x96 --set training.{side_by_side}=2",
+                "settings: trajectories.size names several sizes; pictures of different size fit in no batch: ",
+            )
+            for side_by_side in ("batch_size", "walk_ahead")
         ),
     ],
 )

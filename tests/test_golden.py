@@ -23,6 +23,7 @@ SETTINGS = (
     "training.checkpoint_every=30",
     "training.decay=0.5",
     "training.positions='stored'",
+    "training.walk_ahead=1",
     "training.relative_weight=1",
     "training.absolute_weight=1",
     "critics.adversarial_weight=0.4",

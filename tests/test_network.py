@@ -22,7 +22,7 @@ from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Bac
 from rapm.objective import Renoising, hinge_critic, hinge_student, pseudo_huber, relativistic, shown_to_critic, student_step
 from rapm.schedule import Grid
 from rapm.trajectories import guided
-from rapm.turns import Batch, Learner, Players, critic_turn, student_turn, turns, walk
+from rapm.turns import Batch, Learner, Players, critic_turn, student_turn, turns, walk, walk_ahead
 
 ROLES = (STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC)
 GRID = Grid(slots=3, fine_steps=4)
@@ -365,6 +365,34 @@ def test_slot_groups_change_nothing(ddim_schedule, turn, source: str) -> None:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
         for a, b in zip(grads, found[0][1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("source", "slot_batch"), [("stored", 1), ("followed", 1), ("followed", 3)])
+@pytest.mark.parametrize("turn", [students, critics])
+def test_positions_found_ahead_are_those_found_on_the_way(ddim_schedule, turn, source: str, slot_batch: int) -> None:
+    """As long as the student is the same: losses and gradients of each of three iterations, two trajectories in each."""
+    players = make_players(ddim_schedule, False, slot_batch, positions=source, batch_size=2, walk_ahead=3)
+    alone = make_players(ddim_schedule, False, slot_batch, positions=source, batch_size=2)
+    batch = stored_batch(6)
+    passes: list[int] = []
+    hook = players.backbone.network.register_forward_pre_hook(lambda network, given: passes.append(len(given[0])))
+    batches = walk_ahead(players, batch)
+    hook.remove()
+    assert len(batches) == 3
+    assert min(passes) >= 6, "trajectories side by side"
+    for k, ahead in enumerate(batches):
+        [own] = walk_ahead(alone, batch.rows(slice(2 * k, 2 * k + 2)))
+        assert own.ahead is None
+        assert torch.equal(ahead.coarse, own.coarse)
+        renoising = {role: _draw(2, place) for place, role in enumerate(ROLES[1:])}
+        losses = [turn(each, given, renoising) for each, given in ((players, ahead), (alone, own))]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        learners = [[each.student, *each.critics.values()] for each in (players, alone)]
+        for a, b in zip(*learners, strict=True):
+            for x, y in zip(gradients(a).values(), gradients(b).values(), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+            for learner in (a, b):
+                learner.optimizer.zero_grad(set_to_none=True)
 
 
 def test_channels_last_changes_nothing(ddim_schedule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from rapm.plan import (
     make_plan,
     measure,
     render,
+    walking,
     without_weights,
 )
 from rapm.run import Run
@@ -92,32 +94,38 @@ def test_a_logged_loss_is_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "slot_batch", "source"),
+    ("kind", "slot_batch", "source", "ahead"),
     [
-        ("sd15", 1, "followed"),
-        ("sd15", 2, "followed"),
-        ("sd15", 3, "stored"),
-        ("sd21", 1, "stored"),
-        ("sdxl", 1, "stored"),
+        ("sd15", 1, "followed", 1),
+        ("sd15", 1, "followed", 3),
+        ("sd15", 2, "followed", 1),
+        ("sd15", 3, "stored", 1),
+        ("sd21", 1, "stored", 1),
+        ("sdxl", 1, "stored", 1),
     ],
 )
 def test_flops_are_those_of_real_iterations(
-    tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str
+    tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str, ahead: int
 ) -> None:
     """All slots of real iterations, by torch's own counter. (It counts plain attention, whose backward pass computes less.)"""
-    config = changed(tiny_config, training={"slot_batch": slot_batch, "positions": source}).model_copy(
-        update={"teacher": str(small_teachers[kind])}
-    )
+    config = changed(tiny_config, training={"slot_batch": slot_batch, "positions": source, "walk_ahead": ahead})
+    config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     teacher = teacher_of(config)
     plan = make_plan(config, teacher)
     stub = Stub(config, teacher, "cpu")
     players = make_players(config, load_backbone(teacher, config, "cpu"), stub, teacher.schedule)  # type: ignore[arg-type]
     number, total = iteration_counts(config), 0.0
     left_out = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}
-    for name, turn in iterations(players, stub).items():
+
+    def flops(work: Callable[[], object]) -> int:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=left_out) as counted:
-            turn()
-        total += number[name] * counted.get_total_flops()
+            work()
+        return counted.get_total_flops()
+
+    walk = flops(lambda: walking(players, stub)) / ahead
+    for name, turn in iterations(players, stub).items():
+        total += number[name] * (walk + flops(turn))
+    assert (walk > 0) == (ahead > 1)
     assert plan.flops["training"] == pytest.approx(total, rel=0.03)
     assert plan.hours(100, "training") == pytest.approx(plan.flops["training"] / (100e12 * SHARE_OF_PEAK * 3600))
 

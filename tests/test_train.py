@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import math
 import os
@@ -41,11 +42,12 @@ def trained(config: Config, folder: Path) -> Run:
     return run
 
 
-@pytest.mark.parametrize(("kind", "source"), [("sd15", "stored"), ("sd21", "stored"), ("sdxl", "followed")])
+@pytest.mark.parametrize(("kind", "source", "ahead"), [("sd15", "stored", 1), ("sd21", "stored", 1), ("sdxl", "followed", 2)])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
-    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
+    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str, ahead: int
 ) -> None:
-    config = changed(tiny_config, training={"positions": source}).model_copy(update={"teacher": str(small_teachers[kind])})
+    config = changed(tiny_config, training={"positions": source, "walk_ahead": ahead})
+    config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     whole = trained(config, tmp_path / "whole")
     assert whole.checkpoint_steps() == [4, 8, 10]
     for step in (4, 8):
@@ -69,6 +71,19 @@ def test_it_saves_in_time_however_slow_iterations_are(
     monkeypatch.setattr(training, "LONGEST_UNSAVED", 0)
     config = changed(tiny_config, training={"iterations": 3, "checkpoint_every": 1000, "keep_checkpoints": 9})
     assert trained(config, tmp_path / "run").checkpoint_steps() == [1, 2, 3]
+
+
+def test_no_checkpoint_among_iterations_that_walk_side_by_side(tiny_config: Config, tmp_path: Path) -> None:
+    """Due after 4 and 8 of 10 iterations, between blocks of 3, and after the last; and a stop waits for its block."""
+    config = changed(tiny_config, training={"walk_ahead": 3, "keep_checkpoints": 9})
+    assert trained(config, tmp_path / "run").checkpoint_steps() == [6, 9, 10]
+    asked = iter([False] * 3 + [True] * 7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(asked)))
+        run = Run.open(tmp_path / "stopped", config)
+        make_trajectories(run)
+        assert not train_run(run)
+    assert run.checkpoint_steps() == [6]
 
 
 def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ class Training(Section):
     """Trajectories in an iteration."""
     slot_batch: Positive = 1
     """Slots handled in one pass: 1 needs least memory, N is fastest where the GPU (or CPU) is not full."""
+    walk_ahead: Positive = 1
+    """Iterations whose trajectories the student walks, and the teacher follows, side by side before the first of them: faster
+    where one alone does not fill the GPU (or CPU). Checkpoints lie between such blocks, and the student of a block's last
+    iteration is that many updates less one ahead of the positions it learns from."""
     positions: Literal["stored", "followed"] = "followed"
     """Where relative and absolute positions come from. stored: from the stored trajectories, as in the paper. followed: from
     where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory, and
@@ -194,9 +198,10 @@ class Config(Section):
             raise ValueError(
                 "critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"
             )
-        if self.training.batch_size > 1 and len(self.trajectories.sizes()) > 1:
+        if self.training.batch_size * self.training.walk_ahead > 1 and len(self.trajectories.sizes()) > 1:
             raise ValueError(
-                "trajectories.size names several sizes; pictures of different size fit in no batch: training.batch_size = 1"
+                "trajectories.size names several sizes; pictures of different size fit in no batch: training.batch_size = 1 "
+                "and training.walk_ahead = 1"
             )
         if not any(self.slot_weights("relative") + self.slot_weights("absolute")):
             raise ValueError("training.relative_weight and training.absolute_weight are both 0: nothing to learn")

@@ -41,6 +41,16 @@ class Positions:
     absolute: Tensor
     conditioning: Conditioning
 
+    def of(self, slots: Sequence[int], rows: slice = slice(None)) -> Positions:
+        """Those of some of the slots, and of some of the batch's rows."""
+        places, batch = [self.slots.index(n) for n in slots], len(self.start) // len(self.slots)
+
+        def part(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, batch))[places][:, rows].flatten(0, 1)
+
+        prompts = {name: part(value) for name, value in self.conditioning.items()}
+        return Positions(slots, part(self.start), part(self.relative), part(self.absolute), prompts)
+
 
 def repeat(conditioning: Conditioning, times: int) -> Conditioning:
     """Repeats a batch of prompts ``times`` over, batch after batch."""

@@ -26,7 +26,7 @@ from rapm.objective import Conditioning, Renoising
 from rapm.teacher import Teacher, load_backbone
 from rapm.train import batch_of, make_players
 from rapm.trajectories import Trajectory, guided
-from rapm.turns import Batch, Players, critic_turn, critics_alone, critics_play, student_turn, walk
+from rapm.turns import Batch, Players, critic_turn, critics_alone, critics_play, student_turn, walk, walk_ahead
 
 # Dense bfloat16 rate with float32 accumulation, TFLOP/s, and memory, GiB, as their makers state them.
 GPUS = {
@@ -116,15 +116,23 @@ def teacher_pass(config: Config, backbone: Backbone, stub: Stub, rows: int) -> C
     return work
 
 
+def walking(players: Players, stub: Stub) -> list[Batch]:
+    """Finds the positions of the iterations that walk side by side."""
+    training = players.config.training
+    rows = [stub.trajectory] * (training.walk_ahead * training.batch_size)
+    return walk_ahead(players, batch_of(rows, players.backbone.device))
+
+
 def given(players: Players, stub: Stub) -> tuple[Batch, dict[str, Renoising]]:
     """What an iteration is given."""
-    batch = batch_of([stub.trajectory] * players.config.training.batch_size, players.backbone.device)
+    batch = walking(players, stub)[0]
     generator = torch.Generator().manual_seed(0)
     return batch, {role: players.renoising(batch.coarse[:, -1].shape, generator) for role in players.critics}
 
 
 def iterations(players: Players, stub: Stub) -> dict[str, Callable[[], object]]:
-    """The kinds of iteration a run can have: the student on distances alone, the critics in their head start, both."""
+    """The kinds of iteration a run can have: the student on distances alone, the critics in their head start, both. Without
+    their share of :func:`walking`, where they walk side by side."""
     batch, shown = given(players, stub)
     kinds: dict[str, Callable[[], object]] = {"distances": lambda: student_turn(players, batch, {})}
     if shown:
@@ -148,7 +156,8 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     """Counts what a run of this configuration costs."""
     bare, settings, slot_batch = without_weights(teacher), config.trajectories, config.training.slot_batch
     # Groups of slots of one size cost the same but for the teacher's passes, which are counted once and multiplied.
-    counted = slot_batch if settings.slots % slot_batch == 0 else settings.slots
+    ahead = config.training.walk_ahead
+    counted = slot_batch if settings.slots % slot_batch == 0 and ahead == 1 else settings.slots
     groups = settings.slots // counted
     fewer = {"slots": counted, "fine_steps": settings.delta}
     one = config.model_copy(update={"trajectories": settings.model_copy(update=fewer)})
@@ -162,19 +171,21 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     adapters = _bytes(p for learner in learners for p in learner.parameters.values())
     student = _bytes(iter(players.student.parameters.values()))
     state = 2 * adapters if config.training.optimizer == "adamw" else adapters // 2
-    number, flops, peak = iteration_counts(config), {}, 0
+    number, flops, peak, of_walk = iteration_counts(config), {}, 0, 0
+    if ahead > 1:
+        of_walk, peak = count(lambda: walking(players, stub))
     for name, turn in iterations(players, stub).items():
         if number[name]:
             there = _gradients_before(name, players) if groups > 1 else 0
             of_group, at_most = count(turn)
-            flops[name], peak = groups * of_group, max(peak, there + at_most)
+            flops[name], peak = groups * of_group + of_walk / ahead, max(peak, there + at_most)
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
     if config.training.positions == "followed":  # from the second slot on
-        batch = config.training.batch_size
-        of_pass, at_most = count(teacher_pass(one, backbone, stub, batch * slot_batch))
+        slots = slot_batch if ahead == 1 else ahead * (settings.slots - 1)  # of one batch, in a pass
+        of_pass, at_most = count(teacher_pass(one, backbone, stub, config.training.batch_size * slots))
         made = settings.delta * (counted - 1) * groups
-        left = (settings.fine_steps * (settings.slots - 1) - made) * of_pass / slot_batch
+        left = (settings.fine_steps * (settings.slots - 1) - made) * of_pass / slots
         flops, peak = {name: whole + left for name, whole in flops.items()}, max(peak, at_most)
     fine = config.rolled_slots * settings.fine_steps
     return Plan(
@@ -322,7 +333,9 @@ def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
 
         return work
 
-    seconds = {name: duration(whole(turn), device, repeats) for name, turn in iterations(players, stub).items()}
+    ahead = config.training.walk_ahead
+    share = duration(lambda: walking(players, stub), device, repeats) / ahead if ahead > 1 else 0.0
+    seconds = {name: share + duration(whole(turn), device, repeats) for name, turn in iterations(players, stub).items()}
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
     return Measured(of_pass, seconds, peak)
 

@@ -130,6 +130,7 @@ def save_memory(config: Config, stage: Stage) -> tuple[list[str], list[str]]:
     }
     others = {
         "precision=bfloat16": whole,
+        "training.walk_ahead=1": in_training and training.walk_ahead > 1,
         "training.batch_size=1": in_training and training.batch_size > 1,
         "base_precision=int8": held and config.base_precision == "same",
         "base_precision=nf4": held and config.base_precision != "nf4",

@@ -20,7 +20,7 @@ from rapm.progress import track
 from rapm.run import Run
 from rapm.schedule import Schedule
 from rapm.trajectories import Trajectory, TrajectoryStore
-from rapm.turns import KIND, Batch, Learner, Players, critic_turn, critics_alone, critics_play, student_turn, turns
+from rapm.turns import KIND, Batch, Learner, Players, critic_turn, critics_alone, critics_play, student_turn, turns, walk_ahead
 
 LONGEST_UNSAVED = 15 * 60  # seconds: what a machine that goes down costs at most, however slow its iterations are
 
@@ -90,7 +90,8 @@ def rehearse(players: Players, store: TrajectoryStore) -> None:
     room = [learner.room_for_state() for learner in learners]
     among = min(store.manifest["sizes"] ** 2, len(store))  # however few the prompts are, all sizes are among these
     largest = max((store[k] for k in range(among)), key=lambda row: row.coarse.numel())
-    batch = batch_of([largest] * players.config.training.batch_size, players.backbone.device)
+    side_by_side = players.config.training.walk_ahead * players.config.training.batch_size
+    batch = walk_ahead(players, batch_of([largest] * side_by_side, players.backbone.device))[0]
     renoising = {role: players.renoising(batch.coarse[:, -1].shape, _generator(0, role)) for role in players.critics}
     _, walked = student_turn(players, batch, renoising)
     critic_turn(players, walked, renoising)
@@ -130,13 +131,19 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             step, {name: value for part in (*parts, with_prefix("average", average)) for name, value in part.items()}
         )
 
-    started = saved = time.monotonic()
+    batches: list[Batch] = []
+    due, started = False, time.monotonic()
+    saved = started
     with (
         _stop_on_interrupt() as stopped,
         track(range(first, training.iterations), "training", total=training.iterations, initial=first) as bar,
     ):
         for iteration in bar:
-            batch = draw_batch(store, training.batch_size, training.seed, iteration, backbone.device)
+            block, place = divmod(iteration, training.walk_ahead)
+            if place == 0:
+                size = training.walk_ahead * training.batch_size
+                batches = walk_ahead(players, draw_batch(store, size, training.seed, block, backbone.device))
+            batch = batches[place]
             critics = players.critics if critics_play(config, iteration) else {}
             renoising = {
                 role: players.renoising(batch.coarse[:, -1].shape, _generator(training.seed, role, iteration))
@@ -153,13 +160,14 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
                 weights = [p.detach() for p in players.student.parameters.values()]
                 get_ema_multi_avg_fn(decay)(list(average.values()), weights, 0)
             run.log(record | losses | {"rate": factor, "seconds": round(time.monotonic() - started, 3)})
-            stop = stopped()
-            due = (iteration + 1) % training.checkpoint_every == 0 or iteration + 1 == training.iterations
-            if due or stop or time.monotonic() - saved > LONGEST_UNSAVED:
+            stop, last = stopped(), iteration + 1 == training.iterations
+            due |= (iteration + 1) % training.checkpoint_every == 0 or stop or time.monotonic() - saved > LONGEST_UNSAVED
+            # Not among iterations that walked side by side: what the student was when they did would have to be saved, too.
+            if last or (due and place + 1 == training.walk_ahead):
                 save(iteration + 1)
-                saved = time.monotonic()
-            if stop and iteration + 1 < training.iterations:
-                return False
+                due, saved = False, time.monotonic()
+                if stop and not last:
+                    return False
     return True
 
 

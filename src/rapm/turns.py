@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,11 +41,23 @@ from rapm.trajectories import guided
 
 @dataclass(frozen=True)
 class Batch:
-    """B stored trajectories over k slots: coarse [B, k + 1, C, H, W], nudged [B, k, C, H, W], conditioning [B, ...]."""
+    """B stored trajectories over k slots.
+
+    Attributes:
+        coarse, nudged: [B, k + 1, C, H, W] and [B, k, C, H, W].
+        conditioning: [B, ...] each.
+        ahead: the positions of all slots, if they were found ahead (:func:`walk_ahead`).
+    """
 
     coarse: Tensor
     nudged: Tensor
     conditioning: Conditioning
+    ahead: Positions | None = None
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the trajectories."""
+        conditioning = {name: value[rows] for name, value in self.conditioning.items()}
+        return Batch(self.coarse[rows], self.nudged[rows], conditioning, self.ahead and self.ahead.of(self.ahead.slots, rows))
 
 
 def _adamw8bit() -> Any:
@@ -148,6 +160,8 @@ class Players:
 
     def positions(self, slots: list[int], z: Tensor, batch: Batch) -> Positions:
         """Where the student starts in each slot of a group, and what it is compared with there. Called outside of any role."""
+        if batch.ahead:
+            return batch.ahead.of(slots)
         backbone, schedule, grid = self.backbone, self.schedule, self.grid
         relative = any(self.config.slot_weights("relative"))
         if self.config.training.positions == "stored":
@@ -199,6 +213,17 @@ class Walked:
 
     at: Positions
     reached: Tensor
+
+
+def walk_ahead(players: Players, batch: Batch) -> list[Batch]:
+    """The batches of ``training.walk_ahead`` iterations, whose trajectories lie one after the other in ``batch``.
+
+    Of several iterations the positions are found here, side by side, with the student as it is now; of a single one on its way.
+    """
+    training, every = players.config.training, list(range(players.grid.slots - 1, -1, -1))
+    if training.walk_ahead > 1:
+        batch = replace(batch, ahead=players.positions(every, batch.coarse[:, -1], batch))
+    return [batch.rows(slice(k, k + training.batch_size)) for k in range(0, len(batch.coarse), training.batch_size)]
 
 
 @torch.no_grad()
