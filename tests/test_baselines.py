@@ -208,7 +208,9 @@ def test_seconds_are_of_turns_and_not_of_what_stood_between() -> None:
     for k, seconds in enumerate(taken):
         now += seconds
         records.append({"iteration": k, ("critic", "distance")[k % 2]: 0.0, "seconds": now})
-    assert seconds_of(records) == pytest.approx(4 * 1.0 + 4 * 2.0)
+    assert seconds_of(records, 1) == pytest.approx(4 * 1.0 + 4 * 2.0)
+    ends = [8.0, 8.0, 8.0, 8.0, 98.0, 98.0, 98.0, 98.0, 106.0, 106.0, 106.0, 106.0, 110.0, 110.0]  # four walk side by side
+    assert seconds_of([{"iteration": k, "seconds": end} for k, end in enumerate(ends)], 4) == pytest.approx(14 * 2.0)
 
 
 def test_fewer_slots_are_seen_in_a_rollout_of_more() -> None:
