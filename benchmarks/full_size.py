@@ -72,10 +72,11 @@ PCM = {
 
 
 COMPARED = {"no checkpointing": "PCM, no checkpointing"}
-# The embedded teacher, for which Python's share is largest: as the demo and as the library does it, and the paper's positions.
-CRITICS = ["critics.adversarial_weight=0.4"]
+# The embedded teacher, for which Python's share is largest: as the demo does it, as the library, and the paper's positions.
+CRITICS = ["critics.adversarial_weight=0.4", "training.walk_ahead=1"]
 TOY = {
-    "as the demo does it, no critics": [],
+    "as the demo does it: no critics, 8 walk ahead": [],
+    "no critics": ["training.walk_ahead=1"],
     "as the library does it": CRITICS,
     "stored positions, both terms": [*CRITICS, "training.positions=stored", "training.relative_weight=1"],
 }
@@ -246,7 +247,7 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     work: dict[str, tuple[Callable[[], dict[str, float]], list[Learner]]] = {
         **({"walk": (walk, [])} if ahead > 1 else {}),  # of several iterations: they share what it takes
         "student": (student, [players.student]),
-        "critics": (lambda: critic_turn(players, walked, shown), critics),
+        **({"critics": (lambda: critic_turn(players, walked, shown), critics)} if critics else {}),
     }
     found |= {"losses": [], "seconds": {name: [] for name in work}, "floor": {}, "floor_with_lora": {}, "passes": {}}
     for iteration in range(iterations):
@@ -437,7 +438,9 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) ->
         return [row["name"], row["error"], *[""] * 8]
     taken, memory = row["turns"], row["memory"] / GIB
     both = sum(taken.values())
-    cells = [row["name"], f"{taken['critics']:.3g}", f"{taken['student']:.3g}", "", "", "", f"{memory:.2f}", "", "", ""]
+    of_critics = f"{taken['critics']:.3g}" if "critics" in taken else ""
+    of_student = f"{taken['student'] + taken.get('walk', 0.0):.3g}"
+    cells = [row["name"], of_critics, of_student, "", "", "", f"{memory:.2f}", "", "", ""]
     if "floor" in row:
         config = config_of(row)
         a_trajectory = config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
