@@ -136,15 +136,15 @@ def test_too_little_memory_is_one_line_and_loses_nothing(tiny_config: Config, tm
     run = trained(tiny_config, tmp_path / "run")
     for file in run.checkpoints.iterdir():
         file.unlink()
-    config = changed(tiny_config, student={"rank": 10**12}, training={"slot_batch": 3})
+    config = changed(tiny_config, student={"rank": 10**12}, training={"slot_batch": 3, "walk_ahead": 2})
     huge = Run.open(run.folder, config)
     with pytest.raises(UserError) as error:
         train_run(huge)
     assert str(error.value) == (
         "memory does not suffice for training; what is finished is kept. In order of effect: "
         "training.gradient_checkpointing=true, training.slot_batch=1 (the run goes on); precision=bfloat16, "
-        "base_precision=int8, base_precision=nf4, training.optimizer=adamw8bit, student.rank=500000000000, "
-        "a smaller trajectories.size (another --out); each by --set of 'rapm distill'"
+        "training.walk_ahead=1, base_precision=int8, base_precision=nf4, training.optimizer=adamw8bit, "
+        "student.rank=500000000000, a smaller trajectories.size (another --out); each by --set of 'rapm distill'"
     )
     assert train_run(Run.open(run.folder, tiny_config))
 
