@@ -87,7 +87,12 @@ COUNTED = {
     "as the library does it": [],
     "absolute term alone, stored positions": ["training.positions=stored", "trajectories.fine_steps=25"],
     "the paper's form": PAPER,
-    "distances alone, followed positions": ["critics.adversarial_weight=0"],
+    "distances alone": ["critics.adversarial_weight=0"],
+    "distances alone, followed positions of M = 5": [
+        "critics.adversarial_weight=0",
+        "training.positions=followed",
+        "trajectories.fine_steps=5",
+    ],
 }
 
 
@@ -446,7 +451,7 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) ->
         a_trajectory = config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
         cells[3:6] = [
             *(f"{both / sum(row[key].values()) - 1:+.0%}" for key in ("floor", "floor_with_lora")),
-            f"{3600 / a_trajectory:,.0f}",
+            f"{3600 / a_trajectory:,.0f}" if a_trajectory else "not rolled out",
         ]
         cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}" if "planned" in row else ""
     other = None if row["name"] in PCM or "slot_batch" in row["name"] else beside.get(COMPARED.get(row["name"], "PCM"))

@@ -65,10 +65,13 @@ SHARED = [
     "training.relative_weight=1",
     "training.absolute_weight=1",
     "training.walk_ahead=1",
+    "trajectories.count=1000",
     "trajectories.fine_steps=10",
+    "student.learning_rate=7e-4",
     "critics.adversarial_weight=0.4",
 ]
-FOLLOWED = ["training.positions=followed", "trajectories.fine_steps=3"]  # as in the demo
+FOLLOWED = ["training.positions=followed", "trajectories.fine_steps=3"]
+RELAYED = ["training.positions=relayed", "trajectories.fine_steps=2"]  # as in the demo
 NO_CRITICS = ["critics.adversarial_weight=0"]
 SEEDS = (0, 1, 2)
 PICTURES = 2000  # rendered scenes for methods that take pictures
@@ -84,7 +87,7 @@ class Spec:
     Attributes:
         name: of the variant, the same for all its seeds.
         method: ``rapm``, one of its three altered forms (see :func:`train_rapm`), or a neighbour.
-        settings: beyond the demo's preset and ``SHARED``.
+        settings: beyond the demo's preset and ``SHARED``, which holds what the demo once had.
         updates: of the student.
         first: trajectories taken of those stored; 0 is all.
         steps: the numbers of steps it is sampled with, if not N alone.
@@ -168,6 +171,7 @@ def ablation() -> list[Spec]:
             "absolute only, followed from its own position (M = 3), distances alone",
             settings=[*FOLLOWED, "training.relative_weight=0", *NO_CRITICS],
         ),
+        Spec("ablation", "absolute only, relayed (M = 2), distances alone", settings=[*RELAYED, *ABSOLUTE, *NO_CRITICS]),
     ]
     return [replace(spec, seed=seed) for seed in SEEDS for spec in specs]
 
@@ -176,6 +180,7 @@ RATES = (2e-4, 7e-4, 2e-3)
 FEW_FINE = ["trajectories.fine_steps=3"]  # a third of the rollout of M = 10
 ABSOLUTE = ["training.relative_weight=0"]
 AHEAD = ["training.walk_ahead=8"]  # as in the demo
+DEMO_LENGTH = ["student.learning_rate=1.5e-3", "trajectories.count=4000"]
 LAST_SLOT = ["training.absolute_weight=[4,1,1,1]"]  # as in the demo
 NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "RAPM, followed, absolute only": ("rapm", [*FOLLOWED, *ABSOLUTE]),
@@ -187,7 +192,10 @@ NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "RAPM, followed, absolute only, no critics": ("rapm", [*FOLLOWED, *ABSOLUTE, *NO_CRITICS]),
     "RAPM, followed, absolute only, no critics, 8 walk ahead": ("rapm", [*FOLLOWED, *ABSOLUTE, *NO_CRITICS, *AHEAD]),
     "RAPM, 64 trajectories, no critics": ("rapm", [*FEW_FINE, *NO_CRITICS, "trajectories.count=64"]),
-}
+    "RAPM, relayed, absolute only, no critics, 8 walk ahead": (
+        "rapm", [*RELAYED, *ABSOLUTE, *NO_CRITICS, *AHEAD, "trajectories.count=2000"],
+    ),
+}  # fmt: skip
 
 
 def neighbours(lines: Sequence[Mapping[str, Any]]) -> list[Spec]:
@@ -268,7 +276,11 @@ def sweeps() -> list[Spec]:
 def visits() -> list[Spec]:
     """The ablation's stored positions again, with 64 of the trajectories: 600 updates come back to each nine times, where of
     1,000 they do not see them all. The authors' 20,000 iterations come back to each of their 1,000 twenty times."""
-    again = [spec for spec in ablation() if not spec.method.startswith("rapm-") and "followed" not in spec.name]
+    again = [
+        spec
+        for spec in ablation()
+        if not spec.method.startswith("rapm-") and "followed" not in spec.name and "relayed" not in spec.name
+    ]
     chosen = [spec for spec in again if spec.seed == 0 or "relative only" not in spec.name]
     return [replace(spec, table="visits", first=64) for spec in chosen]
 
@@ -282,6 +294,18 @@ def library() -> list[Spec]:
     return [*(replace(own, seed=seed) for seed in SEEDS), slower]
 
 
+def relay() -> list[Spec]:
+    """Where on the student's own step the teacher takes over, and what else there is beside relayed distances."""
+    forms = {  # the ablation has M = 2, delta 1, the absolute term alone
+        "M = 3, delta 2": ["trajectories.fine_steps=3", "trajectories.delta=2"],
+        "M = 4, delta 3": ["trajectories.fine_steps=4", "trajectories.delta=3"],
+        "M = 3, delta 1": ["trajectories.fine_steps=3"],
+        "M = 2, delta 1, both terms": ["training.relative_weight=1"],
+    }
+    specs = [Spec("relay", name, settings=[*RELAYED, *ABSOLUTE, *NO_CRITICS, *own]) for name, own in forms.items()]
+    return [*specs, Spec("relay", "M = 2, delta 1, with critics", settings=[*RELAYED, *ABSOLUTE])]
+
+
 def longer() -> list[Spec]:
     """As long as the demo, with its weights: whether an order holds that was found in a third of the time. Updates are about as
     many as take the same time, by ``--costs`` and with an iteration with critics at 1.44 of the student's alone."""
@@ -289,6 +313,12 @@ def longer() -> list[Spec]:
     specs = [
         Spec("longer", "with critics", settings=demo, updates=1900),
         Spec("longer", "no critics", settings=[*demo, *NO_CRITICS], updates=2400),
+        Spec(
+            "longer",
+            "relayed, no critics",
+            settings=[*RELAYED, *ABSOLUTE, *LAST_SLOT, *NO_CRITICS, *AHEAD, *DEMO_LENGTH],
+            updates=4000,
+        ),
         Spec("longer", "PCM", "pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], updates=2200),
     ]
     return [
@@ -332,7 +362,7 @@ def textured(out: Path) -> list[Spec]:
 def tables(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, list[Spec]]:
     """All runs, by table, as far as they follow from those that are done."""
     named: dict[str, list[Spec]] = {}
-    for spec in [*ablation(), *visits(), *neighbours(lines), *library(), *longer(), *sweeps(), *textured(out)]:
+    for spec in [*ablation(), *visits(), *neighbours(lines), *library(), *relay(), *longer(), *sweeps(), *textured(out)]:
         named.setdefault(spec.table, []).append(spec)
     return named
 
@@ -608,8 +638,8 @@ class View:
 def store_run(home: Path, config: Config) -> Run:
     """Where the trajectories are that a run's are seen in; shared by all runs of a world that can have them."""
     settings, delta = config.trajectories, config.trajectories.delta
-    if config.training.positions == "followed":  # the noise and the first slot alone
-        return Run(home / "stores" / f"{settings.slots}x{settings.fine_steps}-{delta}-{settings.count}-followed", config)
+    if (positions := config.training.positions) != "stored":  # the noise, and the first slot or none
+        return Run(home / "stores" / f"{settings.slots}x{settings.fine_steps}-{delta}-{settings.count}-{positions}", config)
     fine = settings.slots * settings.fine_steps
     slots = MOST_SLOTS if delta == 1 and MOST_SLOTS % settings.slots == 0 and fine % MOST_SLOTS == 0 else settings.slots
     own = settings.model_copy(update={"slots": slots, "fine_steps": fine // slots})

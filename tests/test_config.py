@@ -57,12 +57,12 @@ def test_another_teacher_takes_no_preset():
 
 def test_later_settings_win(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text("[training]\niterations = 50\n[student]\nrank = 3\n")
+    file.write_text("[training]\ncheckpoint_every = 50\n[student]\nrank = 3\n")
     preset = load()
-    assert len({Config().training.iterations, preset.training.iterations, 50, 7}) == 4
-    assert load(file).training.iterations == 50
-    both = load(file, settings=["training.iterations=6", "training.iterations=7"])
-    assert (both.training.iterations, both.student.rank) == (7, 3)
+    assert len({Config().training.checkpoint_every, preset.training.checkpoint_every, 50, 7}) == 4
+    assert load(file).training.checkpoint_every == 50
+    both = load(file, settings=["training.checkpoint_every=6", "training.checkpoint_every=7"])
+    assert (both.training.checkpoint_every, both.student.rank) == (7, 3)
     assert both.student.learning_rate == preset.student.learning_rate  # a section in the file leaves its other keys alone
     assert both.trajectories == preset.trajectories
 
@@ -156,6 +156,10 @@ def test_a_value_is_not_bent_into_another_type(setting):
         (["trajectories.fine_steps=251"], ["slots", "fine_steps", "1004 fine steps do not fit into 1000", "lower M to 250"]),
         (["trajectories.delta=11"], ["delta must be from 1 to M = 10 fine steps, not 11"]),
         (
+            ["trajectories.delta=10", "training.positions=relayed"],
+            ["trajectories.delta must be less than fine_steps where training.positions = 'relayed'"],
+        ),
+        (
             ["critics.adversarial_weight=0.4", "critics.start=0.9", "critics.head_start=0.1"],
             ["critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"],
         ),
@@ -173,7 +177,8 @@ def test_settings_that_do_not_fit_together(settings, words):
 
 
 def test_the_largest_grid_fits():
-    assert parse({"trajectories": {"slots": 4, "fine_steps": 250, "delta": 250}}, "table").grid().nudged(0) == -1
+    table = {"trajectories": {"slots": 4, "fine_steps": 250, "delta": 250}, "training": {"positions": "stored"}}
+    assert parse(table, "table").grid().nudged(0) == -1
 
 
 def test_a_setting_without_a_value():

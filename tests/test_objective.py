@@ -1,5 +1,6 @@
 """Positions, distances and adversarial losses, by hand-computed numbers and against a flat loop over slots."""
 
+from itertools import pairwise
 from math import exp, log, log1p
 
 import pytest
@@ -18,6 +19,7 @@ from rapm.objective import (
     positions,
     pseudo_huber,
     relativistic,
+    relay,
     repeat,
     shown_to_critic,
     slot_groups,
@@ -195,6 +197,30 @@ def test_following_the_teachers_own_trajectory_leads_along_it(delta, slots):
     moved = from_nudged(STUDENT, SCHEDULE, grid, slots, at_nudged, repeat(PROMPTS, len(slots)))
     asked = positions(STUDENT, SCHEDULE, grid, slots, coarse[:, slots[0] + 1], coarse, nudged, PROMPTS)
     torch.testing.assert_close(moved, asked.relative, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("delta", [1, 2, 4])
+@pytest.mark.parametrize("slots", [[3], [2, 1], [3, 2, 1, 0]])
+def test_in_a_relay_the_teacher_takes_over_on_the_students_own_step(delta, slots):
+    """The student's step and its nudged position share one prediction; from there the teacher makes the steps that are left."""
+    grid, teacher, z = Grid(slots=N, fine_steps=5, delta=delta), Recording(Gaussian(SCHEDULE, std=0.8)), torch.randn(SHAPE)
+    student = Recording(STUDENT)
+    start, nudged = relay(student, SCHEDULE, grid, slots, z, PROMPTS)
+    assert student.timesteps == [[grid.coarse(n + 1)] * B for n in slots]
+    reached = follow(teacher, SCHEDULE, grid, slots, nudged, repeat(PROMPTS, len(slots)), nudged=True)[1]
+    assert [len(asked) for asked in teacher.timesteps] == [B * len(slots)] * (5 - delta)
+    for k, n in enumerate(slots):
+        rows = slice(k * B, (k + 1) * B)
+        torch.testing.assert_close(start[rows], z, rtol=0, atol=1e-6)
+        t = torch.full((B,), grid.coarse(n + 1))
+        x0, eps = SCHEDULE.x0_and_eps(z, STUDENT(z, t, PROMPTS), t)
+        at = SCHEDULE.alpha(grid.nudged(n), z) * x0 + SCHEDULE.sigma(grid.nudged(n), z) * eps
+        torch.testing.assert_close(nudged[rows], at, rtol=0, atol=1e-5)
+        fine = grid.fine[(N - n - 1) * 5 + delta : (N - n) * 5 + 1]
+        for t, s in pairwise(fine):
+            at = SCHEDULE.step(at, teacher.denoiser(at, torch.full((B,), t), PROMPTS), t, s)
+        torch.testing.assert_close(reached[rows], at, rtol=0, atol=1e-5)
+        z = student_step(STUDENT, SCHEDULE, grid, [n], z, PROMPTS)
 
 
 # ------------------------------------------------------------------------------------------------------------------- distances

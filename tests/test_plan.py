@@ -99,6 +99,8 @@ def test_a_logged_loss_is_no_obstacle() -> None:
         ("sd15", 1, "followed", 1),
         ("sd15", 1, "followed", 3),
         ("sd15", 2, "followed", 1),
+        ("sd15", 1, "relayed", 1),
+        ("sd15", 3, "relayed", 2),
         ("sd15", 3, "stored", 1),
         ("sd21", 1, "stored", 1),
         ("sdxl", 1, "stored", 1),
@@ -130,7 +132,7 @@ def test_flops_are_those_of_real_iterations(
     assert plan.hours(100, "training") == pytest.approx(plan.flops["training"] / (100e12 * SHARE_OF_PEAK * 3600))
 
 
-@pytest.mark.parametrize(("kind", "source"), [*((kind, "stored") for kind in SMALL), ("sd15", "followed")])
+@pytest.mark.parametrize(("kind", "source"), [*((kind, "stored") for kind in SMALL), ("sd15", "followed"), ("sd15", "relayed")])
 def test_disk_and_iterations_are_those_of_the_run(
     tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
 ) -> None:
@@ -157,7 +159,7 @@ def test_disk_and_iterations_are_those_of_the_run(
     ]
     assert {name: kinds.count(name) for name in ("distances", "critics", "both")} == iteration_counts(config)
     assert all(iteration_counts(config).values())
-    assert plan.calls["trajectories"] == 6 * (1 if source == "followed" else 3) * 4 * 2
+    assert plan.calls["trajectories"] == 6 * {"stored": 3, "followed": 1, "relayed": 0}[source] * 4 * 2
     learned = plan.memory["training"]
     _, state = run.load_checkpoint()
 

@@ -42,7 +42,9 @@ def trained(config: Config, folder: Path) -> Run:
     return run
 
 
-@pytest.mark.parametrize(("kind", "source", "ahead"), [("sd15", "stored", 1), ("sd21", "stored", 1), ("sdxl", "followed", 2)])
+@pytest.mark.parametrize(
+    ("kind", "source", "ahead"), [("sd15", "stored", 1), ("sd21", "stored", 1), ("sdxl", "followed", 2), ("sd15", "relayed", 1)]
+)
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str, ahead: int
 ) -> None:

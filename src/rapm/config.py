@@ -43,8 +43,8 @@ class Trajectories(Section):
     """Number of trajectories; prompts are taken in order, over again when there are fewer."""
     slots: Annotated[int, Field(ge=1, le=16)] = 4
     """N, the student's number of steps."""
-    fine_steps: Positive = 5
-    """M, teacher steps in a slot."""
+    fine_steps: Positive = 2
+    """M, fine steps in a slot: the teacher's, or where positions are relayed the last M - delta of them."""
     delta: Positive = 1
     """Fine steps from a coarse position down to the nudged one."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
@@ -126,11 +126,12 @@ class Training(Section):
     """Iterations whose trajectories the student walks, and the teacher follows, side by side before the first of them: faster
     where one alone does not fill the GPU (or CPU). Checkpoints lie between such blocks, and the student of a block's last
     iteration is that many updates less one ahead of the positions it learns from."""
-    positions: Literal["stored", "followed"] = "followed"
+    positions: Literal["stored", "followed", "relayed"] = "relayed"
     """Where relative and absolute positions come from. stored: from the stored trajectories, as in the paper. followed: from
     where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory, and
-    beforehand only the first slot is rolled out. Stored ones are learnt by coming back to each trajectory ten times or so
-    (iterations x batch_size / count), followed ones by having many; see docs/results.md."""
+    beforehand only the first slot is rolled out. relayed: the student's own step leads down to the nudged position, there the
+    teacher takes over, and nothing is rolled out beforehand. Stored ones are learnt by coming back to each trajectory ten times
+    or so (iterations x batch_size / count), the others by having many; see docs/results.md."""
     relative_weight: Weight | list[Weight] = 0.0
     """Of the relative loss; a number, or one for each slot n = 0 ... N - 1. The paper's is 1, see docs/results.md."""
     absolute_weight: Weight | list[Weight] = 1.0
@@ -190,6 +191,11 @@ class Config(Section):
             self.grid()
         except ValueError as error:
             raise ValueError(f"trajectories.slots, .fine_steps and .delta do not fit together: {error}") from None
+        if self.training.positions == "relayed" and self.trajectories.delta == self.trajectories.fine_steps:
+            raise ValueError(
+                "trajectories.delta must be less than fine_steps where training.positions = 'relayed': "
+                "no step would be left to the teacher"
+            )
         for name in ("relative_weight", "absolute_weight"):
             weights = getattr(self.training, name)
             if isinstance(weights, list) and len(weights) != self.trajectories.slots:
@@ -218,8 +224,9 @@ class Config(Section):
     @property
     def rolled_slots(self) -> int:
         """Slots that the teacher is rolled out over beforehand: all, or where positions are followed the first, in which the
-        student starts from the noise as the teacher does. In the others the teacher walks on from where the student stands."""
-        return 1 if self.training.positions == "followed" else self.trajectories.slots
+        student starts from the noise as the teacher does. In the others the teacher walks on from where the student stands, and
+        where positions are relayed in the first as well."""
+        return {"stored": self.trajectories.slots, "followed": 1, "relayed": 0}[self.training.positions]
 
     @property
     def torch_dtype(self) -> torch.dtype:

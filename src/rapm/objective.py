@@ -148,25 +148,58 @@ def positions(
 
 @torch.no_grad()
 def follow(
-    teacher: Denoiser, schedule: Schedule, grid: Grid, slots: Sequence[int], start: Tensor, conditioning: Conditioning
+    teacher: Denoiser,
+    schedule: Schedule,
+    grid: Grid,
+    slots: Sequence[int],
+    start: Tensor,
+    conditioning: Conditioning,
+    *,
+    nudged: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Where the teacher gets from where the student stands: M fine steps from z_{n+1}, for the k slots of a group.
+    """Where the teacher gets from where the student stands: by fine steps down to t_n, for the k slots of a group.
 
     Args:
         teacher: guided.
         start: z_{n+1}, [k B, C, H, W].
+        nudged: ``start`` lies delta fine steps lower already (:func:`relay`), and M - delta are left.
 
     Returns:
         The nudged positions, after delta of those steps, and the positions at t_n, both [k B, C, H, W].
     """
-    batch, z, nudged = len(start) // len(slots), start, start
+    batch, z, after = len(start) // len(slots), start, start
     fine = grid.fine
-    for k in range(grid.fine_steps):
+    for k in range(grid.delta if nudged else 0, grid.fine_steps):
         t, s = (_per_row([fine[(grid.slots - n - 1) * grid.fine_steps + k + i] for n in slots], batch) for i in (0, 1))
         z = schedule.step(z, teacher(z, t, conditioning), t, s)
         if k + 1 == grid.delta:
-            nudged = z
-    return nudged, z
+            after = z
+    return after, z
+
+
+@torch.no_grad()
+def relay(
+    denoiser: Denoiser, schedule: Schedule, grid: Grid, slots: Sequence[int], z: Tensor, conditioning: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """Where the student stands at the head of each slot of a group, and the nudged positions that its own step passes.
+
+    Args:
+        denoiser: the student.
+        slots: k neighbouring slots, from high to low.
+        z: the student's own position at the head of the group, [B, C, H, W].
+        conditioning: of the B prompts.
+
+    Returns:
+        z_{n+1} and z^Delta_{n+1}, both [k B, C, H, W].
+    """
+    start, nudged = [], []
+    for n in slots:
+        t = _per_row([grid.coarse(n + 1)], len(z))
+        prediction = denoiser(z, t, conditioning)
+        start.append(z)
+        nudged.append(schedule.step(z, prediction, t, _per_row([grid.nudged(n)], len(z))))
+        z = schedule.step(z, prediction, t, _per_row([grid.coarse(n)], len(z)))
+    return torch.cat(start), torch.cat(nudged)
 
 
 @torch.no_grad()

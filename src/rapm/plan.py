@@ -181,11 +181,14 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
             flops[name], peak = groups * of_group + of_walk / ahead, max(peak, there + at_most)
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
-    if config.training.positions == "followed":  # from the second slot on
-        slots = slot_batch if ahead == 1 else ahead * (settings.slots - 1)  # of one batch, in a pass
+    if config.training.positions != "stored":
+        walked = settings.slots - config.rolled_slots  # slots that the teacher goes in training
+        slots = slot_batch if ahead == 1 else ahead * walked  # of one batch, in a pass
         of_pass, at_most = count(teacher_pass(one, backbone, stub, config.training.batch_size * slots))
-        made = settings.delta * (counted - 1) * groups
-        left = (settings.fine_steps * (settings.slots - 1) - made) * of_pass / slots
+        followed = config.training.positions == "followed"
+        steps = walked * (settings.fine_steps - (0 if followed else settings.delta))
+        made = settings.delta * (counted - 1) * groups if followed else 0
+        left = (steps - made) * of_pass / slots
         flops, peak = {name: whole + left for name, whole in flops.items()}, max(peak, at_most)
     fine = config.rolled_slots * settings.fine_steps
     return Plan(

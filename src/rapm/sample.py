@@ -99,7 +99,11 @@ class Studio:
         self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int | None = None
     ) -> Tensor:
         """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
-        return self.teacher.family.decode(self._pictures, self.latents(role, prompts, seeds, num_steps, batch_size))
+        return self.decode(self.latents(role, prompts, seeds, num_steps, batch_size))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of latents [n, C, h, w]; as :meth:`images` returns them."""
+        return self.teacher.family.decode(self._pictures, latents)
 
 
 def open_studio(run: Run, *, student: bool = True) -> Studio:

@@ -58,14 +58,14 @@ def rollout(
         slot's last. With k = N they are z~_n at [:, n] and what starts slot n at [:, n]; with less, count from the end.
     """
     coarse, nudged = [z], []
-    for k, (t, s) in enumerate(pairwise(grid.fine[: (slots or grid.slots) * grid.fine_steps + 1])):
+    for k, (t, s) in enumerate(pairwise(grid.fine[: (grid.slots if slots is None else slots) * grid.fine_steps + 1])):
         z = schedule.step(z, denoiser(z, torch.full((len(z),), t), conditioning), t, s)
         within = k % grid.fine_steps + 1
         if within == grid.delta:
             nudged.append(z)
         if within == grid.fine_steps:
             coarse.append(z)
-    return torch.stack(coarse[::-1], 1), torch.stack(nudged[::-1], 1)
+    return torch.stack(coarse[::-1], 1), torch.stack(nudged[::-1], 1) if nudged else z.new_empty(len(z), 0, *z.shape[1:])
 
 
 def picture_noise(seed: int, shape: Sequence[int]) -> Tensor:

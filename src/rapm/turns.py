@@ -28,6 +28,7 @@ from rapm.objective import (
     positions,
     pseudo_huber,
     relativistic,
+    relay,
     repeat,
     shown_to_critic,
     slot_groups,
@@ -168,18 +169,24 @@ class Players:
             with backbone.role(STUDENT):
                 given = batch.coarse, batch.nudged, batch.conditioning
                 return positions(backbone, schedule, grid, slots, z, *given, relative=relative)
-        with backbone.role(STUDENT):
-            start = starts(backbone, schedule, grid, slots, [z], batch.conditioning)
         conditioning = repeat(batch.conditioning, len(slots))
-        # In the first slot the student stands where the stored trajectory begins: the teacher has been there already.
-        done = len(z) if slots[0] == grid.slots - 1 else 0
-        nudged, absolute, later = batch.nudged[:done, -1], batch.coarse[:done, -2], slots[done // len(z) :]
-        if later:
-            own = {name: value[done:] for name, value in conditioning.items()}
-            teacher = guided(backbone, self.unconditional, self.config.trajectories.guidance_scale)
+        teacher = guided(backbone, self.unconditional, self.config.trajectories.guidance_scale)
+        if self.config.training.positions == "relayed":
+            with backbone.role(STUDENT):
+                start, nudged = relay(backbone, schedule, grid, slots, z, batch.conditioning)
             with backbone.role(TEACHER):
-                walked = follow(teacher, schedule, grid, later, start[done:], own)
-            nudged, absolute = torch.cat([nudged, walked[0]]), torch.cat([absolute, walked[1]])
+                absolute = follow(teacher, schedule, grid, slots, nudged, conditioning, nudged=True)[1]
+        else:
+            with backbone.role(STUDENT):
+                start = starts(backbone, schedule, grid, slots, [z], batch.conditioning)
+            # In the first slot the student stands where the stored trajectory begins: the teacher has been there already.
+            done = len(z) if slots[0] == grid.slots - 1 else 0
+            nudged, absolute, later = batch.nudged[:done, -1], batch.coarse[:done, -2], slots[done // len(z) :]
+            if later:
+                own = {name: value[done:] for name, value in conditioning.items()}
+                with backbone.role(TEACHER):
+                    walked = follow(teacher, schedule, grid, later, start[done:], own)
+                nudged, absolute = torch.cat([nudged, walked[0]]), torch.cat([absolute, walked[1]])
         if relative:
             with backbone.role(STUDENT):
                 nudged = from_nudged(backbone, schedule, grid, slots, nudged, conditioning)
