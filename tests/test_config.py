@@ -24,7 +24,7 @@ ODD = {
     "teacher": 'C:\\models\\"mine"',
     "trajectories": {"size": "512x768,512x512", "negative_prompt": "blurry, 低品質\n'''", "guidance_scale": 1},
     "student": {"targets": ["to_q", "ff.net.2"], "learning_rate": 1e-7},
-    "training": {"relative_weight": [0, 1, 2.5, 0.1], "absolute_weight": 0},
+    "training": {"positions": "stored", "relative_weight": [0, 1, 2.5, 0.1], "absolute_weight": 0},
 }
 
 
@@ -160,6 +160,10 @@ def test_a_value_is_not_bent_into_another_type(setting):
             ["trajectories.delta must be less than fine_steps where training.positions = 'relayed'"],
         ),
         (
+            ["training.positions=relayed", "training.relative_weight=[0, 0, 0, 0.1]"],
+            ["training.relative_weight must be 0 where training.positions = 'relayed'", "'stored' or 'followed'"],
+        ),
+        (
             ["critics.adversarial_weight=0.4", "critics.start=0.9", "critics.head_start=0.1"],
             ["critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"],
         ),
@@ -244,8 +248,9 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 
 
 def test_differences_tell_both_values():
-    old = load(settings=["training.relative_weight=1", "training.seed=0"])
-    new = load(settings=["training.relative_weight=[1, 1, 1, 0]", "training.seed=5", "trajectories.batch_size=3"])
+    stored = "training.positions=stored"
+    old = load(settings=[stored, "training.relative_weight=1", "training.seed=0"])
+    new = load(settings=[stored, "training.relative_weight=[1, 1, 1, 0]", "training.seed=5", "trajectories.batch_size=3"])
     assert differences(old, old) == []
     assert differences(old, new) == ["training.relative_weight: 1.0 -> [1.0, 1.0, 1.0, 0.0]", "training.seed: 0 -> 5"]
 

@@ -110,7 +110,9 @@ def test_flops_are_those_of_real_iterations(
     tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str, ahead: int
 ) -> None:
     """All slots of real iterations, by torch's own counter. (It counts plain attention, whose backward pass computes less.)"""
-    config = changed(tiny_config, training={"slot_batch": slot_batch, "positions": source, "walk_ahead": ahead})
+    relative = 0.0 if source == "relayed" else 1.0
+    training = {"slot_batch": slot_batch, "positions": source, "walk_ahead": ahead, "relative_weight": relative}
+    config = changed(tiny_config, training=training)
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     teacher = teacher_of(config)
     plan = make_plan(config, teacher)
@@ -136,7 +138,8 @@ def test_flops_are_those_of_real_iterations(
 def test_disk_and_iterations_are_those_of_the_run(
     tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
 ) -> None:
-    training = {"keep_checkpoints": 2, "positions": source}
+    relative = 0.0 if source == "relayed" else 1.0
+    training = {"keep_checkpoints": 2, "positions": source, "relative_weight": relative}
     config = changed(tiny_config, critics={"start": 0.4}, training=training, student={"rank": 64})
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     plan = make_plan(config, teacher_of(config))

@@ -48,7 +48,8 @@ def trained(config: Config, folder: Path) -> Run:
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str, ahead: int
 ) -> None:
-    config = changed(tiny_config, training={"positions": source, "walk_ahead": ahead})
+    relative = 0.0 if source == "relayed" else 1.0
+    config = changed(tiny_config, training={"positions": source, "walk_ahead": ahead, "relative_weight": relative})
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     whole = trained(config, tmp_path / "whole")
     assert whole.checkpoint_steps() == [4, 8, 10]

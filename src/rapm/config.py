@@ -129,9 +129,9 @@ class Training(Section):
     positions: Literal["stored", "followed", "relayed"] = "relayed"
     """Where relative and absolute positions come from. stored: from the stored trajectories, as in the paper. followed: from
     where the student itself stands; the teacher walks on from there in M guided steps, which costs time and no memory, and
-    beforehand only the first slot is rolled out. relayed: the student's own step leads down to the nudged position, there the
-    teacher takes over, and nothing is rolled out beforehand. Stored ones are learnt by coming back to each trajectory ten times
-    or so (iterations x batch_size / count), the others by having many; see docs/results.md."""
+    beforehand only the first slot is rolled out. relayed, for the absolute term alone: the student's own step leads down to the
+    nudged position, there the teacher takes over, and nothing is rolled out beforehand. Stored ones are learnt by coming back
+    to each trajectory ten times or so (iterations x batch_size / count), the others by having many; see docs/results.md."""
     relative_weight: Weight | list[Weight] = 0.0
     """Of the relative loss; a number, or one for each slot n = 0 ... N - 1. The paper's is 1, see docs/results.md."""
     absolute_weight: Weight | list[Weight] = 1.0
@@ -200,6 +200,11 @@ class Config(Section):
             weights = getattr(self.training, name)
             if isinstance(weights, list) and len(weights) != self.trajectories.slots:
                 raise ValueError(f"training.{name} has {len(weights)} weights for N = {self.trajectories.slots} slots")
+        if self.training.positions == "relayed" and any(self.slot_weights("relative")):
+            raise ValueError(
+                "training.relative_weight must be 0 where training.positions = 'relayed': there the relative position is the "
+                "student's own word on its own way, and training collapses; take positions 'stored' or 'followed' with it"
+            )
         if self.critics.adversarial_weight and self.critics.start + self.critics.head_start >= 1:
             raise ValueError(
                 "critics.start and critics.head_start add up to 1 or more: the student would never hear of the critics"
