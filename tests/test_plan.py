@@ -162,6 +162,7 @@ def test_disk_and_iterations_are_those_of_the_run(
     ]
     assert {name: kinds.count(name) for name in ("distances", "critics", "both")} == iteration_counts(config)
     assert all(iteration_counts(config).values())
+    assert ("activations of 3" in plan.memory["trajectories"]) == (source != "relayed")  # nothing is rolled out
     assert plan.calls["trajectories"] == 6 * {"stored": 3, "followed": 1, "relayed": 0}[source] * 4 * 2
     learned = plan.memory["training"]
     _, state = run.load_checkpoint()

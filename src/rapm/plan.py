@@ -195,7 +195,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
         disk=_disk(config, teacher, adapters + state + student),
         memory={
             "encoding prompts": {"text encoders": _weights_of(bare, config)},
-            "trajectories": {"network": weights, f"activations of {rows}": pass_peak},
+            "trajectories": {"network": weights} | ({f"activations of {rows}": pass_peak} if config.rolled_slots else {}),
             "training": {
                 "network": weights,
                 "adapters and heads": adapters,
