@@ -180,7 +180,7 @@ RATES = (2e-4, 7e-4, 2e-3)
 FEW_FINE = ["trajectories.fine_steps=3"]  # a third of the rollout of M = 10
 ABSOLUTE = ["training.relative_weight=0"]
 AHEAD = ["training.walk_ahead=8"]  # as in the demo
-DEMO_LENGTH = ["student.learning_rate=1.5e-3", "trajectories.count=4000"]
+OF_DEMO = ["student.learning_rate=1.5e-3", "trajectories.count=4000"]
 LAST_SLOT = ["training.absolute_weight=[4,1,1,1]"]  # as in the demo
 NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "RAPM, followed, absolute only": ("rapm", [*FOLLOWED, *ABSOLUTE]),
@@ -295,8 +295,8 @@ def library() -> list[Spec]:
 
 
 def relay() -> list[Spec]:
-    """Where on the student's own step the teacher takes over, and critics. (Both terms, which the library refuses now, came to
-    FID 58.9.)"""
+    """Where on the student's own step the teacher takes over, and critics. (Results hold a run of both terms, too, which the
+    library refuses since.)"""
     forms = {  # the ablation has M = 2, delta 1, the absolute term alone
         "M = 3, delta 2": ["trajectories.fine_steps=3", "trajectories.delta=2"],
         "M = 4, delta 3": ["trajectories.fine_steps=4", "trajectories.delta=3"],
@@ -316,7 +316,7 @@ def longer() -> list[Spec]:
         Spec(
             "longer",
             "relayed, no critics",
-            settings=[*RELAYED, *ABSOLUTE, *LAST_SLOT, *NO_CRITICS, *AHEAD, *DEMO_LENGTH],
+            settings=[*RELAYED, *ABSOLUTE, *LAST_SLOT, *NO_CRITICS, *AHEAD, *OF_DEMO],
             updates=4000,
         ),
         Spec("longer", "PCM", "pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], updates=2200),
