@@ -298,12 +298,14 @@ def relay() -> list[Spec]:
     """Where on the student's own step the teacher takes over, and critics. (Results hold a run of both terms, too, which the
     library refuses since.)"""
     forms = {  # the ablation has M = 2, delta 1, the absolute term alone
-        "M = 3, delta 2": ["trajectories.fine_steps=3", "trajectories.delta=2"],
-        "M = 4, delta 3": ["trajectories.fine_steps=4", "trajectories.delta=3"],
-        "M = 3, delta 1": ["trajectories.fine_steps=3"],
+        "M = 3, delta 2": [*NO_CRITICS, "trajectories.fine_steps=3", "trajectories.delta=2"],
+        "M = 4, delta 3": [*NO_CRITICS, "trajectories.fine_steps=4", "trajectories.delta=3"],
+        "M = 3, delta 1": [*NO_CRITICS, "trajectories.fine_steps=3"],
+        "M = 2, delta 1, with critics": [],
     }
-    specs = [Spec("relay", name, settings=[*RELAYED, *ABSOLUTE, *NO_CRITICS, *own]) for name, own in forms.items()]
-    return [*specs, Spec("relay", "M = 2, delta 1, with critics", settings=[*RELAYED, *ABSOLUTE])]
+    specs = [Spec("relay", name, settings=[*RELAYED, *ABSOLUTE, *own]) for name, own in forms.items()]
+    more_seeds = [replace(spec, seed=seed) for spec in (specs[0], specs[-1]) for seed in SEEDS[1:]]
+    return [*specs, *more_seeds]
 
 
 def longer() -> list[Spec]:

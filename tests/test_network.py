@@ -354,6 +354,16 @@ def test_critics_make_no_pass_but_their_own(ddim_schedule) -> None:
     assert asked == [RELATIVE_CRITIC, ABSOLUTE_CRITIC] * GRID.slots
 
 
+@pytest.mark.parametrize("turn", [lambda *given: student_turn(*given, {}), walk])
+def test_a_relayed_slot_by_itself_takes_one_pass_of_the_students(ddim_schedule, turn) -> None:
+    """The pass that leads to where the teacher takes over is the one that learns."""
+    players = make_players(ddim_schedule, positions="relayed")
+    asked: list[str | None] = []
+    players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))
+    turn(players, stored_batch())
+    assert asked == [STUDENT, *[TEACHER] * (GRID.fine_steps - GRID.delta)] * GRID.slots
+
+
 def students(players: Players, batch: Batch, renoising: dict[str, Renoising]) -> dict[str, float]:
     return student_turn(players, batch, renoising)[0]
 

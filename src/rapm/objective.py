@@ -177,6 +177,15 @@ def follow(
     return after, z
 
 
+def relayed_step(
+    denoiser: Denoiser, schedule: Schedule, grid: Grid, slot: int, z: Tensor, conditioning: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """One prediction from z: the nudged position that the student's step passes, and its end z_n^phi, all [B, C, H, W]."""
+    t, nudged, end = (_per_row([at], len(z)) for at in (grid.coarse(slot + 1), grid.nudged(slot), grid.coarse(slot)))
+    prediction = denoiser(z, t, conditioning)
+    return schedule.step(z, prediction, t, nudged), schedule.step(z, prediction, t, end)
+
+
 @torch.no_grad()
 def relay(
     denoiser: Denoiser, schedule: Schedule, grid: Grid, slots: Sequence[int], z: Tensor, conditioning: Conditioning
@@ -194,11 +203,9 @@ def relay(
     """
     start, nudged = [], []
     for n in slots:
-        t = _per_row([grid.coarse(n + 1)], len(z))
-        prediction = denoiser(z, t, conditioning)
         start.append(z)
-        nudged.append(schedule.step(z, prediction, t, _per_row([grid.nudged(n)], len(z))))
-        z = schedule.step(z, prediction, t, _per_row([grid.coarse(n)], len(z)))
+        passed, z = relayed_step(denoiser, schedule, grid, n, z, conditioning)
+        nudged.append(passed)
     return torch.cat(start), torch.cat(nudged)
 
 

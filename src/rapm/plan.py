@@ -159,7 +159,9 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     ahead = config.training.walk_ahead
     counted = slot_batch if settings.slots % slot_batch == 0 and ahead == 1 else settings.slots
     groups = settings.slots // counted
-    fewer = {"slots": counted, "fine_steps": settings.delta}
+    # A relay holds the student's graph while the teacher walks: one step of the teacher's in each slot is counted in place.
+    in_place = int(config.training.positions == "relayed")
+    fewer = {"slots": counted, "fine_steps": settings.delta + in_place}
     one = config.model_copy(update={"trajectories": settings.model_copy(update=fewer)})
     stub = Stub(one, teacher, "meta")
     backbone = load_backbone(bare, one, "meta")
@@ -187,7 +189,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
         of_pass, at_most = count(teacher_pass(one, backbone, stub, config.training.batch_size * slots))
         followed = config.training.positions == "followed"
         steps = walked * (settings.fine_steps - (0 if followed else settings.delta))
-        made = settings.delta * (counted - 1) * groups if followed else 0
+        made = settings.delta * (counted - 1) * groups if followed else in_place * counted * groups
         left = (steps - made) * of_pass / slots
         flops, peak = {name: whole + left for name, whole in flops.items()}, max(peak, at_most)
     fine = config.rolled_slots * settings.fine_steps

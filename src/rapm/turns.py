@@ -29,6 +29,7 @@ from rapm.objective import (
     pseudo_huber,
     relativistic,
     relay,
+    relayed_step,
     repeat,
     shown_to_critic,
     slot_groups,
@@ -159,8 +160,12 @@ class Players:
         rows = torch.tensor([weights[n] for n in slots]).repeat_interleave(batch)
         return rows.to(self.backbone.device) / (self.grid.slots * batch)
 
-    def positions(self, slots: list[int], z: Tensor, batch: Batch) -> Positions:
-        """Where the student starts in each slot of a group, and what it is compared with there. Called outside of any role."""
+    def positions(self, slots: list[int], z: Tensor, batch: Batch, relayed: Tensor | None = None) -> Positions:
+        """Where the student starts in each slot of a group, and what it is compared with there. Called outside of any role.
+
+        Args:
+            relayed: the nudged positions of a relay, where they are known already.
+        """
         if batch.ahead:
             return batch.ahead.of(slots)
         backbone, schedule, grid = self.backbone, self.schedule, self.grid
@@ -172,8 +177,10 @@ class Players:
         conditioning = repeat(batch.conditioning, len(slots))
         teacher = guided(backbone, self.unconditional, self.config.trajectories.guidance_scale)
         if self.config.training.positions == "relayed":
-            with backbone.role(STUDENT):
-                start, nudged = relay(backbone, schedule, grid, slots, z, batch.conditioning)
+            start, nudged = z, relayed
+            if nudged is None:
+                with backbone.role(STUDENT):
+                    start, nudged = relay(backbone, schedule, grid, slots, z, batch.conditioning)
             with backbone.role(TEACHER):
                 absolute = follow(teacher, schedule, grid, slots, nudged, conditioning, nudged=True)[1]
         else:
@@ -191,6 +198,18 @@ class Players:
             with backbone.role(STUDENT):
                 nudged = from_nudged(backbone, schedule, grid, slots, nudged, conditioning)
         return Positions(slots, start, nudged, absolute, conditioning)
+
+    def reached(self, slots: list[int], z: Tensor, batch: Batch) -> tuple[Positions, Tensor]:
+        """The positions of a group of slots, and where the student's steps from there lead, [k B, C, H, W]. Called outside of
+        any role; the graph of these steps is to be walked in the student's."""
+        backbone, schedule, grid = self.backbone, self.schedule, self.grid
+        if self.config.training.positions == "relayed" and len(slots) == 1 and not batch.ahead:
+            with backbone.role(STUDENT):  # one pass for where the teacher takes over and for what learns
+                nudged, z_phi = relayed_step(backbone, schedule, grid, slots[0], z, batch.conditioning)
+            return self.positions(slots, z, batch, nudged.detach()), z_phi
+        at = self.positions(slots, z, batch)
+        with backbone.role(STUDENT):
+            return at, student_step(backbone, schedule, grid, slots, at.start, at.conditioning)
 
     def shown(self, slots: Sequence[int], z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Positions of a group of slots as a critic gets to see them."""
@@ -238,9 +257,7 @@ def walk(players: Players, batch: Batch) -> list[Walked]:
     """The student's way through all slots: what a turn of the critics alone takes."""
     found, z = [], batch.coarse[:, -1]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
-        at = players.positions(slots, z, batch)
-        with players.backbone.role(STUDENT):
-            reached = student_step(players.backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
+        at, reached = players.reached(slots, z, batch)
         found.append(Walked(at, reached))
         z = reached[-len(z) :]
     return found
@@ -257,11 +274,9 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
     sums: dict[str, float] = {}
     found, z = [], batch.coarse[:, -1]
     for slots in slot_groups(players.grid.slots, players.config.training.slot_batch):
-        at = players.positions(slots, z, batch)
-        with backbone.role(STUDENT):
-            z_phi = student_step(backbone, players.schedule, players.grid, slots, at.start, at.conditioning)
-            leaf = z_phi.detach().requires_grad_()
-            gradient = torch.zeros_like(leaf)
+        at, z_phi = players.reached(slots, z, batch)
+        leaf = z_phi.detach().requires_grad_()
+        gradient = torch.zeros_like(leaf)
         targets: dict[Kind, Tensor] = {"relative": at.relative, "absolute": at.absolute}
         for role, kind in KIND.items():
             weight = players.slot_weight(kind, slots, len(z))
