@@ -72,27 +72,24 @@ PCM = {
 
 
 COMPARED = {"no checkpointing": "PCM, no checkpointing"}
-# The embedded teacher, for which Python's share is largest: as the demo does it, as the library, and the paper's positions.
-CRITICS = ["critics.adversarial_weight=0.4", "training.walk_ahead=1"]
+# The embedded teacher, for which Python's share is largest: as the demo does it, as the library, with critics, and the paper's.
+CRITICS = ["critics.adversarial_weight=0.4"]
+STORED = ["training.positions=stored", "training.relative_weight=1"]
 TOY = {
     "as the demo does it: no critics, 8 walk ahead": [],
     "no critics": ["training.walk_ahead=1"],
-    "as the library does it": CRITICS,
-    "stored positions, both terms": [*CRITICS, "training.positions=stored", "training.relative_weight=1"],
+    "with critics": ["training.walk_ahead=1", *CRITICS],
+    "stored positions, both terms": ["training.walk_ahead=1", *CRITICS, *STORED],
 }
 # Full-size networks are measured in the paper's form.
-PAPER = [*TOY["stored positions, both terms"], "trajectories.fine_steps=25"]
+PAPER = [*CRITICS, *STORED, "trajectories.fine_steps=25"]
 # What is counted: every iteration with critics, if there are any.
 COUNTED = {
     "as the library does it": [],
-    "absolute term alone, stored positions": ["training.positions=stored", "trajectories.fine_steps=25"],
+    "with critics": CRITICS,
+    "with critics, stored positions": [*CRITICS, "training.positions=stored", "trajectories.fine_steps=25"],
     "the paper's form": PAPER,
-    "distances alone": ["critics.adversarial_weight=0"],
-    "distances alone, followed positions of M = 5": [
-        "critics.adversarial_weight=0",
-        "training.positions=followed",
-        "trajectories.fine_steps=5",
-    ],
+    "followed positions of M = 5": ["training.positions=followed", "trajectories.fine_steps=5"],
 }
 
 

@@ -40,6 +40,7 @@ import rapm.train as training
 import rapm.turns as turns
 from rapm import config as configuration
 from rapm.config import Config
+from rapm.counting import count
 from rapm.errors import NonFinite
 from rapm.evaluate import toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance
@@ -47,7 +48,7 @@ from rapm.files import load_tensors, save_tensors, under_prefix, with_prefix
 from rapm.finding import teacher_of
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Positions, from_nudged, positions, student_step
-from rapm.plan import Stub, duration, teacher_pass
+from rapm.plan import Stub, bytes_of, duration, make_plan, teacher_pass, without_weights
 from rapm.run import Run
 from rapm.sample import Studio, open_studio, sheet
 from rapm.schedule import trailing_timesteps
@@ -181,6 +182,7 @@ FEW_FINE = ["trajectories.fine_steps=3"]  # a third of the rollout of M = 10
 ABSOLUTE = ["training.relative_weight=0"]
 AHEAD = ["training.walk_ahead=8"]  # as in the demo
 OF_DEMO = ["student.learning_rate=1.5e-3", "trajectories.count=4000"]
+EQUAL_WITH_CRITICS = 950  # updates, where 1,297 have none: an update takes 1.37 times as long then (three short runs by turns)
 LAST_SLOT = ["training.absolute_weight=[4,1,1,1]"]  # as in the demo
 NEIGHBOURS: dict[str, tuple[str, list[str]]] = {
     "RAPM, followed, absolute only": ("rapm", [*FOLLOWED, *ABSOLUTE]),
@@ -264,12 +266,12 @@ def sweeps() -> list[Spec]:
     specs += [spec("trajectories", f"followed, {count} of M = 3", [], first=count) for count in (16, 64, 256)]
     specs += [spec("trajectories", f"followed, 1000 of M = {m}", [f"trajectories.fine_steps={m}"]) for m in (1, 5, 10)]
     for fine in (5, 10, 25, 50):
-        for count in (16, 64, 256, 1000 if fine <= 10 else UPDATES):  # updates see no more of 1,000 than that
+        for number in (16, 64, 256, 1000 if fine <= 10 else UPDATES):  # updates see no more of 1,000 than that
             settings = [stored, f"trajectories.fine_steps={fine}"]
             if fine > 10:  # where a rollout takes long
-                settings.append(f"trajectories.count={max(count, 256)}")
-            if (fine, count) != (10, 1000):  # that is one of "ablation"
-                specs.append(spec("trajectories", f"stored, {count} of M = {fine}", settings, first=count))
+                settings.append(f"trajectories.count={max(number, 256)}")
+            if (fine, number) != (10, 1000):  # that is one of "ablation"
+                specs.append(spec("trajectories", f"stored, {number} of M = {fine}", settings, first=number))
     return specs
 
 
@@ -338,27 +340,31 @@ def longer() -> list[Spec]:
 
 def textured(out: Path) -> list[Spec]:
     """In a world of more texture, once ``benchmarks/textured.py`` has built it: whether critics are worth more there, in which
-    form, and what neighbours do there in the time of followed RAPM with critics, at the rates that were best in the embedded.
+    form, and what neighbours do there, at the rates that were best in the embedded world, in the time of its "equal time".
     """
     if not in_world(out / "textured"):
         return []
-    followed, hinge = [*FOLLOWED, *ABSOLUTE], ["critics.loss=hinge"]
-    own_noise = ["critics.noise=independent", "critics.noise_power=1"]
-    specs = [
-        Spec("textured", "stored, absolute only", settings=[*ABSOLUTE, *NO_CRITICS]),
-        Spec("textured", "stored, absolute only, with critics", settings=ABSOLUTE),
+    stored, followed, relayed = ABSOLUTE, [*FOLLOWED, *ABSOLUTE], [*RELAYED, *ABSOLUTE]
+    longer, name = [*relayed, *AHEAD, "trajectories.count=2000"], "relayed, absolute only"
+    seeds = [
+        Spec("textured", name, settings=[*relayed, *NO_CRITICS]),
+        Spec("textured", f"{name}, with critics", settings=relayed),
+        Spec("textured", f"{name}, equal time", settings=[*longer, *NO_CRITICS], updates=1297),
+        Spec("textured", f"{name}, with critics, equal time", settings=longer, updates=EQUAL_WITH_CRITICS),
+        Spec("textured", "PCM", "pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], updates=630),
         Spec("textured", "followed, absolute only", settings=[*followed, *NO_CRITICS]),
-        Spec("textured", "followed, absolute only, as long as with critics", settings=[*followed, *NO_CRITICS], updates=730),
         Spec("textured", "followed, absolute only, with critics", settings=followed),
-        Spec("textured", "followed, absolute only, with critics, hinge", settings=[*followed, *hinge]),
+        Spec("textured", "stored, absolute only", settings=[*stored, *NO_CRITICS]),
+        Spec("textured", "stored, absolute only, with critics", settings=stored),
     ]
+    hinge, own_noise = ["critics.loss=hinge"], ["critics.noise=independent", "critics.noise_power=1"]
     others = [
-        Spec("textured", "PCM", "pcm", ["student.learning_rate=2e-3", "critics.learning_rate=4e-3"], updates=541),
-        Spec("textured", "regression", "regression", FEW_FINE, updates=1585),
-        Spec("textured", "followed, absolute only, with critics as PCM's", settings=[*followed, *hinge, *own_noise]),
+        Spec("textured", f"{name}, with critics, hinge", settings=[*relayed, *hinge]),
+        Spec("textured", f"{name}, with critics as PCM's", settings=[*relayed, *hinge, *own_noise]),
+        Spec("textured", "regression", "regression", FEW_FINE, updates=1013),
     ]
-    seeds = [replace(spec, seed=seed) for seed in SEEDS for spec in specs]
-    return [replace(spec, world="textured") for spec in (*seeds, *others)]
+    specs = [*(replace(spec, seed=seed) for seed in SEEDS for spec in seeds), *others]
+    return [replace(spec, world="textured") for spec in specs]
 
 
 def tables(lines: Sequence[Mapping[str, Any]], out: Path) -> dict[str, list[Spec]]:
@@ -460,7 +466,7 @@ def pictures(home: Path) -> Pictures:
 
 
 def make_method(spec: Spec, config: Config, teacher: Teacher, store: TrajectoryStore, given: Pictures) -> tuple[World, Method]:
-    family, device = teacher.family, config.torch_device
+    family, device = teacher.family, given.latents.device.type
 
     def another(taps: Sequence[str]) -> Backbone:
         return Backbone(teacher.load_network(config.torch_dtype, device), family.call, family.lora_targets, taps)
@@ -490,6 +496,34 @@ def make_method(spec: Spec, config: Config, teacher: Teacher, store: TrajectoryS
     scale = config.trajectories.guidance_scale
     method = pcm.Pcm(student, critic, teacher.schedule, world.grid, learner, of_heads, store.unconditional, scale, given)
     return world, method
+
+
+def memory_of(spec: Spec) -> int:
+    """Bytes of all tensors at the peak of a run's training, counted as `rapm plan` does: networks, what learns, its average and
+    moments, gradients and activations."""
+    config = spec.config(Path())
+    teacher = teacher_of(config)
+    if spec.method.startswith("rapm"):
+        return sum(make_plan(config, teacher).memory["training"].values())
+    stub: Any = Stub(config, teacher, "meta")
+    conditioning = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
+    given = Pictures(stub.trajectory.coarse[:1], conditioning)
+    world, method = make_method(spec, config, without_weights(teacher), stub, given)
+    learners: dict[str, Learner] = {}
+    peak = 0
+
+    def take(turn: int) -> None:
+        learners.update({learner.role: learner for learner in method.iterate(turn, torch.Generator())[1]})
+
+    for turn in range(method.turns):
+        peak = max(peak, count(lambda turn=turn: take(turn))[1])
+        for learner in learners.values():
+            learner.optimizer.zero_grad(set_to_none=True)
+    networks = {world.student.network, *(part.network for part in vars(method).values() if isinstance(part, Backbone))}
+    heads = [learner.heads for learner in learners.values() if learner.heads]
+    held = bytes_of(t for module in (*networks, *heads) for t in (*module.parameters(), *module.buffers()))
+    moments = 2 * sum(bytes_of(iter(learner.parameters.values())) for learner in learners.values())
+    return held + moments + bytes_of(iter(learners[STUDENT].parameters.values())) + peak
 
 
 def train_neighbour(spec: Spec, run: Run, store: TrajectoryStore, teacher: Teacher, given: Pictures) -> None:

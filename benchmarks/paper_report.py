@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import paper
 from markers import markdown, replace_between
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,10 +52,15 @@ def table(runs: Runs, name: str) -> str:
 
 
 def costs(runs: Runs) -> str:
-    """Of the newest ``--costs``: what an update takes, and how many take as long as 600 of the first method, with rollouts."""
+    """Of the newest ``--costs``: what an update takes, and how many take as long as 600 of the first method, with rollouts; and
+    memory, counted now."""
     found = next(run["seconds"] for run in reversed(runs) if run["table"] == "costs")
-    rows = [[name, f"{x['update']:.2f}", f"{x['trajectory']:.2f}", f"{x['updates']}"] for name, x in found.items()]
-    return markdown(("what", "seconds an update", "seconds a trajectory", "updates in the same time"), rows)
+    memory = {name: paper.memory_of(paper.Spec("costs", name, *paper.NEIGHBOURS[name])) / 2**20 for name in found}
+    rows = [
+        [name, f"{x['update']:.2f}", f"{x['trajectory']:.2f}", f"{x['updates']}", f"{memory[name]:.0f}"]
+        for name, x in found.items()
+    ]
+    return markdown(("what", "seconds an update", "seconds a trajectory", "updates in the same time", "MiB at peak"), rows)
 
 
 def figure(runs: Runs) -> None:

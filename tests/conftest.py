@@ -178,7 +178,7 @@ def tiny_config(tiny_teacher: Path, tiny_prompts: Path) -> Config:
                 "batch_size": 3,
             },
             "student": {"rank": 4, "learning_rate": 1e-3, "ema": 0.9},
-            "critics": {"rank": 2, "head_width": 8},
+            "critics": {"adversarial_weight": 0.4, "rank": 2, "head_width": 8},
             "training": {
                 "iterations": 10,
                 "positions": "stored",

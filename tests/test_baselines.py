@@ -9,14 +9,17 @@ import pytest
 import torch
 from baselines import Pictures, World, dmd2, lcm, one_in_each_slot, pcm, regression
 from conftest import make_scheduler, make_unet
-from paper import View, seconds_of
+from paper import Spec, View, memory_of, seconds_of
 from test_network import inputs, shake
 
 from rapm import config as configuration
 from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS
+from rapm.finding import teacher_of
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import pseudo_huber
+from rapm.plan import bytes_of
 from rapm.schedule import Grid, Schedule
+from rapm.teacher import load_backbone
 from rapm.train import draw_batch
 from rapm.trajectories import Trajectory, rollout
 from rapm.turns import Learner
@@ -211,6 +214,20 @@ def test_seconds_are_of_turns_and_not_of_what_stood_between() -> None:
     assert seconds_of(records, 1) == pytest.approx(4 * 1.0 + 4 * 2.0)
     ends = [8.0, 8.0, 8.0, 8.0, 98.0, 98.0, 98.0, 98.0, 106.0, 106.0, 106.0, 106.0, 110.0, 110.0]  # four walk side by side
     assert seconds_of([{"iteration": k, "seconds": end} for k, end in enumerate(ends)], 4) == pytest.approx(14 * 2.0)
+
+
+def test_memory_of_neighbours_is_counted_as_the_plan_counts() -> None:
+    """Regression takes the student's pass that RAPM takes on distances alone; PCM has a second network of 20 MiB and heads."""
+    alone = ["trajectories.count=64", "critics.adversarial_weight=0"]
+    plan, regressed, consistent, phased = (
+        memory_of(Spec("", method, method, alone if method == "rapm" else []))
+        for method in ("rapm", "regression", "lcm", "pcm")
+    )
+    assert regressed == pytest.approx(plan, rel=0.02)
+    assert consistent == pytest.approx(regressed, rel=0.02)
+    config = configuration.load(settings=["device=cpu"])
+    network = load_backbone(teacher_of(config), config, "cpu").network
+    assert 1 < (phased - consistent) / bytes_of(iter(network.parameters())) < 1.5
 
 
 def test_fewer_slots_are_seen_in_a_rollout_of_more() -> None:

@@ -43,7 +43,7 @@ def make_config(teacher: Path, folder: Path, **settings: object) -> Config:
             "device": "cpu",
             "trajectories": trajectories | {"size": settings.pop("size", "")},
             "student": {"rank": 4, "learning_rate": 0.02, "ema": 0.5},
-            "critics": {"rank": 1, "head_width": 8},
+            "critics": {"adversarial_weight": 0.4, "rank": 1, "head_width": 8},
             "training": {"iterations": 8, "warmup": 0, "gradient_checkpointing": False},
         }
         | settings

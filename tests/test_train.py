@@ -257,7 +257,7 @@ def test_rates_and_turns() -> None:
     assert factors[9:51] == [1.0] * 42
     assert factors[75] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.02)
-    late = changed(config, critics={"start": 0.305, "head_start": 0.05})
+    late = changed(config, critics={"adversarial_weight": 0.4, "start": 0.305, "head_start": 0.05})
     assert [k for k in range(100) if critics_play(late, k)] == list(range(31, 100))
     assert [k for k in range(100) if critics_alone(late, k)] == list(range(31, 36))
     none = changed(config, critics={"start": 0.3, "head_start": 0.05, "adversarial_weight": 0.0})

@@ -94,7 +94,8 @@ class Stub:
         return self.trajectory
 
 
-def _bytes(tensors: Iterator[Tensor]) -> int:
+def bytes_of(tensors: Iterator[Tensor]) -> int:
+    """What they hold, each counted by itself."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -165,13 +166,13 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     one = config.model_copy(update={"trajectories": settings.model_copy(update=fewer)})
     stub = Stub(one, teacher, "meta")
     backbone = load_backbone(bare, one, "meta")
-    weights = _bytes(iter([*backbone.network.parameters(), *backbone.network.buffers()]))
+    weights = bytes_of(iter([*backbone.network.parameters(), *backbone.network.buffers()]))
     rows = min(settings.batch_size, settings.count)
     pass_flops, pass_peak = count(teacher_pass(one, backbone, stub, rows))
     players = make_players(one, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
     learners = [players.student, *players.critics.values()]
-    adapters = _bytes(p for learner in learners for p in learner.parameters.values())
-    student = _bytes(iter(players.student.parameters.values()))
+    adapters = bytes_of(p for learner in learners for p in learner.parameters.values())
+    student = bytes_of(iter(players.student.parameters.values()))
     state = 2 * adapters if config.training.optimizer == "adamw" else adapters // 2
     number, flops, peak, of_walk = iteration_counts(config), {}, 0, 0
     if ahead > 1:
@@ -225,7 +226,7 @@ def _gradients_before(kind: str, players: Players) -> int:
     parameters = [parameter for learner in learners for parameter in learner.parameters.values()]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    return _bytes(iter(parameters))
+    return bytes_of(iter(parameters))
 
 
 def _disk(config: Config, teacher: Teacher, checkpoint: int) -> dict[str, int]:
@@ -244,7 +245,7 @@ def _disk(config: Config, teacher: Teacher, checkpoint: int) -> dict[str, int]:
 
 def _weights_of(bare: Teacher, config: Config) -> int:
     parts = [part for part in bare.family.text_parts if not part.startswith("tokenizer")]
-    return sum(_bytes(bare.draw(part, config.torch_dtype, "meta").parameters()) for part in parts)
+    return sum(bytes_of(bare.draw(part, config.torch_dtype, "meta").parameters()) for part in parts)
 
 
 def _pictures(bare: Teacher, config: Config, stub: Stub, pass_peak: int) -> dict[str, int]:
@@ -256,7 +257,7 @@ def _pictures(bare: Teacher, config: Config, stub: Stub, pass_peak: int) -> dict
         _, peak = count(lambda: vae.decode(z, return_dict=False))
     in_turn = {"text encoders": _weights_of(bare, config), "activations": pass_peak, "VAE's activations": peak}
     most = max(in_turn, key=lambda part: in_turn[part])
-    return {"network": _bytes(network.parameters()), "VAE": _bytes(vae.parameters()), most: in_turn[most]}
+    return {"network": bytes_of(network.parameters()), "VAE": bytes_of(vae.parameters()), most: in_turn[most]}
 
 
 # ----------------------------------------------------------------------------------------------------------- what there is here
