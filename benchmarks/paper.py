@@ -288,7 +288,7 @@ def visits() -> list[Spec]:
 
 
 def library() -> list[Spec]:
-    """The library's default, where critics learn from the way that the student has just gone."""
+    """Critics that learn from the way that the student has just gone, beside followed positions, which were the default."""
     own = Spec("library", "as the library does it", settings=[*FOLLOWED, *ABSOLUTE])
     slower = replace(
         own, name="as the library does it, critics' rate 0.0007", settings=[*own.settings, "critics.learning_rate=7e-4"]

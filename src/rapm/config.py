@@ -90,8 +90,8 @@ class Critics(Section):
 
     adversarial_weight: Weight = 0.0
     """Length of the adversarial gradient at the student's position over that of the distance's, in every slot and of each kind.
-    0 leaves the critics out: beside relayed positions they earn nothing in either small world. Beside stored ones 0.4 brings
-    much; see docs/results.md."""
+    0 leaves the critics out: beside relayed positions they earn nothing in either small world. Beside stored or
+    followed ones 0.4 can help; see docs/results.md."""
     loss: Literal["relativistic", "hinge"] = "relativistic"
     """Which of the two is the teacher's (relativistic), or whether each one is (hinge, as PCM has it)."""
     noise: Literal["shared", "independent"] = "shared"
