@@ -53,8 +53,12 @@ from rapm.turns import Learner, Walked, critic_turn, student_turn
 GIB = 2**30
 COST = Path(__file__).parents[1] / "docs" / "cost.md"
 START, START_COUNTED = "<!-- table: benchmarks/full_size.py -->", "<!-- table: benchmarks/full_size.py --counted -->"
+CRITICS = ["critics.adversarial_weight=0.4"]
+STORED = ["training.positions=stored", "training.relative_weight=1"]
+PAPER = [*CRITICS, *STORED, "trajectories.fine_steps=25"]
+# Full-size networks: the library's own iteration and what changes its cost, then other iterations.
 SETTINGS: dict[str, list[str]] = {
-    "as it comes": [],
+    "as the library does it": [],
     "slot_batch 4": ["training.slot_batch=4"],
     "no checkpointing": ["training.gradient_checkpointing=false"],
     "no checkpointing, slot_batch 4": ["training.gradient_checkpointing=false", "training.slot_batch=4"],
@@ -63,26 +67,22 @@ SETTINGS: dict[str, list[str]] = {
     "fp8": ["base_precision=fp8"],
     "nf4": ["base_precision=nf4"],
     "int8, adamw8bit": ["base_precision=int8", "training.optimizer=adamw8bit"],
+    "with critics": CRITICS,
+    "the paper's form": PAPER,
+    "the paper's form, no checkpointing": [*PAPER, "training.gradient_checkpointing=false"],
 }
 # As published with AdamW in 8 bits: on SD 1.5 its heads alone have 664 million parameters.
 PCM = {
     "PCM": ["training.optimizer=adamw8bit"],
     "PCM, no checkpointing": ["training.optimizer=adamw8bit", "training.gradient_checkpointing=false"],
 }
-
-
-COMPARED = {"no checkpointing": "PCM, no checkpointing"}
 # The embedded teacher, for which Python's share is largest: as the demo does it, as the library, with critics, and the paper's.
-CRITICS = ["critics.adversarial_weight=0.4"]
-STORED = ["training.positions=stored", "training.relative_weight=1"]
 TOY = {
     "as the demo does it: no critics, 8 walk ahead": [],
     "no critics": ["training.walk_ahead=1"],
     "with critics": ["training.walk_ahead=1", *CRITICS],
     "stored positions, both terms": ["training.walk_ahead=1", *CRITICS, *STORED],
 }
-# Full-size networks are measured in the paper's form.
-PAPER = [*CRITICS, *STORED, "trajectories.fine_steps=25"]
 # What is counted: every iteration with critics, if there are any.
 COUNTED = {
     "as the library does it": [],
@@ -109,7 +109,7 @@ def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
 def config_of(case: Mapping[str, Any]) -> Config:
     if case["model"] == "toy":
         return configuration.load(teacher="toy", settings=case["settings"])
-    return full_size(case["model"], case["size"], case["precision"], [*PAPER, *case["settings"]])
+    return full_size(case["model"], case["size"], case["precision"], case["settings"])
 
 
 def full_size(model: str, size: int, precision: str, settings: Sequence[str]) -> Config:
@@ -419,12 +419,11 @@ def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
 def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown, one table for each model, size and precision."""
     titles = ("settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
-              "trajectories an hour", "peak, GiB", "planned, GiB", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
-    order = [*TOY, *SETTINGS, *PCM]
-    rows = sorted(rows, key=lambda row: order.index(row["name"]))
+              "trajectories an hour", "peak, GiB", "planned, GiB", "last loss", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
     parts: list[str] = []
     for kind in dict.fromkeys(key_of(row)[:-1] for row in rows):
-        own = [row for row in rows if key_of(row)[:-1] == kind]
+        order = list(TOY if kind[0] == "toy" else {**SETTINGS, **PCM})
+        own = sorted((row for row in rows if key_of(row)[:-1] == kind), key=lambda row: order.index(row["name"]))
         device = next(f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row)
         beside = {row["name"]: row for row in own if row["name"] in PCM and "error" not in row}
         parts += [
@@ -437,12 +436,12 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line of a table; with PCM's, ``beside``, is compared what has the same checkpointing and one slot at a time too."""
     if "error" in row:
-        return [row["name"], row["error"], *[""] * 8]
+        return [row["name"], row["error"], *[""] * 9]
     taken, memory = row["turns"], row["memory"] / GIB
     both = sum(taken.values())
     of_critics = f"{taken['critics']:.3g}" if "critics" in taken else ""
     of_student = f"{taken['student'] + taken.get('walk', 0.0):.3g}"
-    cells = [row["name"], of_critics, of_student, "", "", "", f"{memory:.2f}", "", "", ""]
+    cells = [row["name"], of_critics, of_student, "", "", "", f"{memory:.2f}", *[""] * 4]
     if "floor" in row:
         config = config_of(row)
         a_trajectory = config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
@@ -451,9 +450,11 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) ->
             f"{3600 / a_trajectory:,.0f}" if a_trajectory else "not rolled out",
         ]
         cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}" if "planned" in row else ""
-    other = None if row["name"] in PCM or "slot_batch" in row["name"] else beside.get(COMPARED.get(row["name"], "PCM"))
+        cells[8] = f"{row['losses'][-1]:.5g}"
+    alike = "PCM, no checkpointing" if "no checkpointing" in row["name"] else "PCM"
+    other = None if row["name"] in PCM or "slot_batch" in row["name"] else beside.get(alike)
     if other:
-        cells[8:] = [f"x {both / sum(other['turns'].values()):.2f}", f"x {row['memory'] / other['memory']:.2f}"]
+        cells[9:] = [f"x {both / sum(other['turns'].values()):.2f}", f"x {row['memory'] / other['memory']:.2f}"]
     return cells
 
 
@@ -463,7 +464,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="write the tables of such a file into docs/cost.md")
     parser.add_argument("--counted", action="store_true", help="write the table of what is counted into docs/cost.md")
     parser.add_argument("--repeats", type=int, default=2, help="of the floor")
-    parser.add_argument("--iterations", type=int, default=10, help="of student and critics, the first not timed; at least 2")
+    parser.add_argument("--iterations", type=int, default=21, help="of student and critics, the first not timed; at least 2")
     parser.add_argument("--only", default="", help="cases whose description has this in it")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
