@@ -39,6 +39,7 @@ from markers import markdown, replace_between
 from torch import Tensor
 
 from rapm import config as configuration
+from rapm.compiled import compile_blocks
 from rapm.config import Config
 from rapm.counting import count
 from rapm.doctor import cpu_has_bfloat16
@@ -63,6 +64,7 @@ SETTINGS: dict[str, list[str]] = {
     "no checkpointing": ["training.gradient_checkpointing=false"],
     "no checkpointing, slot_batch 4": ["training.gradient_checkpointing=false", "training.slot_batch=4"],
     "channels_last": ["training.channels_last=true"],
+    "compile": ["training.compile=true"],
     "int8": ["base_precision=int8"],
     "fp8": ["base_precision=fp8"],
     "nf4": ["base_precision=nf4"],
@@ -79,6 +81,7 @@ PCM = {
 # The embedded teacher, for which Python's share is largest: as the demo does it, as the library, with critics, and the paper's.
 TOY = {
     "as the demo does it: no critics, 8 walk ahead": [],
+    "as the demo does it, compiled": ["training.compile=true"],
     "no critics": ["training.walk_ahead=1"],
     "with critics": ["training.walk_ahead=1", *CRITICS],
     "stored positions, both terms": ["training.walk_ahead=1", *CRITICS, *STORED],
@@ -193,7 +196,7 @@ def watched(backbone: Backbone) -> Iterator[list[Pass]]:
     call, seen = backbone.call, []
 
     def noted(network: Any, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        role, graph, tapped = str(backbone._role), torch.is_grad_enabled(), backbone._features is not None
+        role, graph, tapped = str(backbone.playing), torch.is_grad_enabled(), backbone._features is not None
         seen.append(Pass(role, z.detach(), t, conditioning, graph, z.requires_grad, tapped))
         return call(network, z, t, conditioning)
 
@@ -234,6 +237,8 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
     learners = [players.student, *players.critics.values()]
     critics = list(players.critics.values())
+    if config.training.compile:
+        compile_blocks(backbone)
     batch, shown = given(players, stub)
     walked: list[Walked] = []  # the student's last way
 
@@ -418,8 +423,10 @@ def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown, one table for each model, size and precision."""
-    titles = ("settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
-              "trajectories an hour", "peak, GiB", "planned, GiB", "last loss", "time, PCM is 1", "memory, PCM is 1")  # fmt: skip
+    titles = (
+        "settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
+        "trajectories an hour", "peak, GiB", "planned, GiB", "last loss", "time, PCM is 1", "memory, PCM is 1",
+    )  # fmt: skip
     parts: list[str] = []
     for kind in dict.fromkeys(key_of(row)[:-1] for row in rows):
         order = list(TOY if kind[0] == "toy" else {**SETTINGS, **PCM})

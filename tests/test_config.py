@@ -17,6 +17,7 @@ FREE = [
     "training.slot_batch",
     "training.gradient_checkpointing",
     "training.channels_last",
+    "training.compile",
     "training.checkpoint_every",
     "training.keep_checkpoints",
 ]

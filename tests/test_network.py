@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -111,7 +110,7 @@ def single_copies(players: Players, kind: str) -> dict[str, Backbone]:
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=list(UNET_LORA_TARGETS)), adapter_name=role)
         alone = Backbone(network, CALL[kind], UNET_LORA_TARGETS, unet_taps(network))
-        alone._role = role  # always in this role: nothing is ever switched
+        alone.playing = role  # always in this role: nothing is ever switched
         for name, p in alone.parameters(role).items():
             p.requires_grad_(True)
             p.data = players.backbone.parameters(role)[name].data.clone()
@@ -161,7 +160,7 @@ def test_a_lora_keeps_no_float32_copy_of_what_it_sees(kind: str) -> None:
     with body.role(STUDENT):
         passes("ours")
         for layer in body._layers:
-            layer.forward = functools.partial(type(layer).forward, layer)
+            layer.__class__ = type(layer).__base__
         passes("peft's")
     whole = {name: sum(x.numel() for x in own.values() if x.dtype == torch.float32) for name, own in kept.items()}
     held = {name: sum(x.nbytes for x in own.values()) for name, own in kept.items()}
@@ -246,7 +245,7 @@ def test_student_gradients_equal_those_of_separate_copies(
     weights = {"relative_weight": relative_weights, "absolute_weight": 0.7}
     players = make_players(ddim_schedule, checkpointing, slot_batch, loss, kind, **weights, **settings)
     untouched = Backbone(make_unet(kind), CALL[kind], UNET_LORA_TARGETS)
-    untouched._role = TEACHER
+    untouched.playing = TEACHER
     teacher = guided(untouched, players.unconditional, players.config.trajectories.guidance_scale)
     batch, renoising = stored_batch(kind=kind), draws()
     rolled = players.config.rolled_slots  # what a store would hold
@@ -349,7 +348,7 @@ def test_critics_make_no_pass_but_their_own(ddim_schedule) -> None:
     players = make_players(ddim_schedule, positions="followed")
     _, walked = student_turn(players, stored_batch(), draws())
     asked: list[str | None] = []
-    players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))
+    players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone.playing))
     critic_turn(players, walked, draws())
     assert asked == [RELATIVE_CRITIC, ABSOLUTE_CRITIC] * GRID.slots
 
@@ -359,7 +358,7 @@ def test_a_relayed_slot_by_itself_takes_one_pass_of_the_students(ddim_schedule, 
     """The pass that leads to where the teacher takes over is the one that learns."""
     players = make_players(ddim_schedule, positions="relayed")
     asked: list[str | None] = []
-    players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))
+    players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone.playing))
     turn(players, stored_batch())
     assert asked == [STUDENT, *[TEACHER] * (GRID.fine_steps - GRID.delta)] * GRID.slots
 
@@ -391,7 +390,7 @@ def test_slot_groups_change_nothing(ddim_schedule, turn, source: str) -> None:
 @pytest.mark.parametrize("turn", [students, critics])
 def test_positions_found_ahead_are_those_found_on_the_way(ddim_schedule, turn, source: str, slot_batch: int) -> None:
     """As long as the student is the same: losses and gradients of each of three iterations, two trajectories in each."""
-    settings = {"positions": source, "batch_size": 2, "huber_c": 0.1 if source == "relayed" else 1e-3}  # rounding, as above
+    settings = {"positions": source, "batch_size": 2, "huber_c": 0.1}  # at 1e-3 rounding of positions comes back a thousandfold
     players = make_players(ddim_schedule, False, slot_batch, walk_ahead=3, **settings)
     alone = make_players(ddim_schedule, False, slot_batch, **settings)
     batch = stored_batch(6)

@@ -26,7 +26,7 @@ def held(kind: str, base: Kind, checkpointing: bool = False, dtype: torch.dtype 
 
 
 def full(layer: nn.Module) -> Tensor:
-    return layer.forward.args[1]()  # type: ignore[attr-defined]
+    return layer.full()  # type: ignore[operator]
 
 
 def quantized_layers(network: nn.Module) -> dict[str, nn.Module]:

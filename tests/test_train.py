@@ -160,7 +160,7 @@ def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Confi
     players = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule)
     before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
     asked: list[str | None] = []
-    hook = players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone._role))
+    hook = players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone.playing))
     rehearse(players, store)
     hook.remove()
     assert {"student", "relative_critic", "absolute_critic"} == set(asked)

@@ -155,6 +155,9 @@ class Training(Section):
     """Trade a second forward for memory; the same gradients."""
     channels_last: bool = False
     """Convolutions' memory layout; results within rounding. No faster on the CPU it was measured on, on a GPU not measured."""
+    compile: bool = False
+    """torch.compile of the network's repeated blocks, while training: results within rounding, which is checked before the
+    first iteration. Minutes at the start; what it gains on a GPU is not known yet, see docs/cost.md."""
     seed: int = 0
     """Of everything drawn in training and of the adapters' first weights."""
     checkpoint_every: Positive = 500
@@ -259,6 +262,7 @@ _FREE_ON_RESUME = {
     ("training", "slot_batch"),
     ("training", "gradient_checkpointing"),
     ("training", "channels_last"),
+    ("training", "compile"),
 }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +52,13 @@ def _apply(layer: Any, x: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:-1])
 
 
+@cache
+def _adapted(layer: type) -> type:
+    """peft's kind of layer with :func:`_apply` for a forward; a class, since torch.compile takes layers for different functions
+    where each has a forward in an attribute of its own."""
+    return type(layer.__name__, (layer,), {"forward": _apply})
+
+
 class Backbone:
     """A frozen denoising network and the adapters that play on it.
 
@@ -82,7 +89,7 @@ class Backbone:
         self.loss_scale = 4096.0 if self.dtype == torch.float16 else 1.0
         self.call, self.lora_targets = call, tuple(lora_targets)
         self.configs: dict[str, LoraConfig] = {}
-        self._role: str | None = None
+        self.playing: str | None = None  # the role that is on
         self._layers: list[Any] = []
         self._features: list[Tensor] | None = None
         self._taps = len(taps)
@@ -112,7 +119,7 @@ class Backbone:
             targets: names or endings of names of the modules that get LoRA; see :meth:`check_targets`.
             seed: of its first weights.
         """
-        assert self._role is None and role not in self.configs, f"role {role} added twice or inside a role"
+        assert self.playing is None and role not in self.configs, f"role {role} added twice or inside a role"
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
@@ -121,7 +128,8 @@ class Backbone:
         self.configs[role] = config
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
-            layer.forward = partial(_apply, layer)
+            if type(layer).forward is not _apply:
+                layer.__class__ = _adapted(type(layer))
             for part in (layer.lora_A, layer.lora_B):
                 if role in part:
                     part[role].to(self.device, torch.float32)  # peft gives it the base's dtype
@@ -147,14 +155,14 @@ class Backbone:
     @contextmanager
     def role(self, role: str) -> Iterator[None]:
         """Plays a role. Every graph built inside must be walked inside."""
-        assert self._role is None, f"role {role} inside role {self._role}: a graph belongs to one role"
+        assert self.playing is None, f"role {role} inside role {self.playing}: a graph belongs to one role"
         assert role == TEACHER or role in self.configs, f"no role {role}"
-        self._role = role
+        self.playing = role
         self._activate(None if role == TEACHER else role)
         try:
             yield
         finally:
-            self._role = None
+            self.playing = None
             self._activate(None)
 
     @torch.no_grad()
@@ -173,7 +181,7 @@ class Backbone:
             t: int [B].
             conditioning: tensors [B, ...].
         """
-        assert self._role is not None, "the network is called outside of any role"
+        assert self.playing is not None, "the network is called outside of any role"
         cast = {k: v.to(self.device, self.dtype) for k, v in conditioning.items()}
         return self.call(self.network, z.to(self.dtype), t.to(self.device), cast).float()
 

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from rapm.compiled import compile_blocks
 from rapm.config import Config
 from rapm.counting import count
 from rapm.errors import UserError
@@ -329,6 +330,8 @@ def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
     of_pass = duration(teacher_pass(config, backbone, stub, rows), device, repeats)
     players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
     learners = [players.student, *players.critics.values()]
+    if config.training.compile:
+        compile_blocks(backbone)
 
     def whole(turn: Callable[[], object]) -> Callable[[], None]:
         def work() -> None:

@@ -7,8 +7,8 @@ Neither the full weight nor anything else of a layer is kept for the backward pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -25,8 +25,8 @@ Layer = nn.Linear | nn.Conv2d
 def quantize(network: nn.Module, names: Sequence[str], kind: Kind) -> None:
     """Holds the weights of a frozen network's linear and convolution layers in fewer bits; before any adapter is added.
 
-    The layers keep their class, by which peft makes adapters; ``weight`` becomes the packed bytes, of an integer dtype, which
-    peft does not cast adapters to.
+    The layers keep their class, which peft takes for an adapter's too; ``weight`` becomes the packed bytes, of an integer
+    dtype, which peft does not cast adapters to.
 
     Args:
         names: the layers' names or endings of names; the others keep their precision.
@@ -37,51 +37,74 @@ def quantize(network: nn.Module, names: Sequence[str], kind: Kind) -> None:
         UserError: ``nf4`` and bitsandbytes is not installed.
     """
     endings = tuple(f".{name}" for name in names)
-    for name, layer in network.named_modules():
-        if isinstance(layer, Layer) and f".{name}".endswith(endings):
-            packed, full = (_normal_float if kind == "nf4" else _scaled)(layer, kind)
-            layer.weight = nn.Parameter(packed, requires_grad=False)
-            layer.forward = partial(_Apply.apply, layer, full)
+    pack, full = {"int8": (_pack_int8, _full_int8), "fp8": (_pack_fp8, _full_fp8), "nf4": (_pack_nf4, _full_nf4)}[kind]
+    layers: list[Any] = [m for name, m in network.named_modules() if isinstance(m, Layer) and f".{name}".endswith(endings)]
+    for layer in layers:
+        layer.weight = nn.Parameter(pack(layer, layer.weight.detach()), requires_grad=False)
+        # Methods and no closures: torch.compile takes the layers for one function then.
+        layer.full, layer.forward = MethodType(full, layer), MethodType(_forward, layer)
 
 
-def _scaled(layer: Layer, kind: Kind) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The largest weight of an output channel takes the largest number there is."""
-    weight, dtype = layer.weight.detach(), torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    largest = 127.0 if kind == "int8" else torch.finfo(dtype).max
+def _pack_int8(layer: Any, weight: Tensor) -> Tensor:
+    return _scaled(layer, weight, 127.0).round().to(torch.int8)
+
+
+def _full_int8(layer: Any) -> Tensor:
+    return layer.weight * layer.scale  # of the scale's dtype, and on a GPU in one pass over the bytes
+
+
+def _pack_fp8(layer: Any, weight: Tensor) -> Tensor:
+    dtype = torch.float8_e4m3fn
+    return _scaled(layer, weight, torch.finfo(dtype).max).to(dtype).view(torch.int8)
+
+
+def _full_fp8(layer: Any) -> Tensor:
+    return layer.weight.view(torch.float8_e4m3fn).to(layer.scale.dtype) * layer.scale
+
+
+def _scaled(layer: Any, weight: Tensor, largest: float) -> Tensor:
+    """The weight in float32, so that the largest of each output channel takes the largest number there is; gives the layer its
+    scales."""
     scale = (weight.float().flatten(1).abs().amax(1) / largest).clamp(min=1e-12).view(-1, *[1] * (weight.ndim - 1))
-    scaled = weight.float() / scale
-    scale = scale.to(weight.dtype)
-    layer.register_buffer("scale", scale)
-    packed = (scaled.round() if kind == "int8" else scaled).to(dtype).view(torch.int8)
-    return packed, lambda: layer.weight.view(dtype).to(scale.dtype) * scale
+    layer.register_buffer("scale", scale.to(weight.dtype))
+    return weight.float() / scale
 
 
-def _normal_float(layer: Layer, kind: Kind) -> tuple[Tensor, Callable[[], Tensor]]:
+def _pack_nf4(layer: Any, weight: Tensor) -> Tensor:
     try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        from bitsandbytes.functional import quantize_4bit
     except ImportError:
         raise UserError("base_precision = 'nf4' takes bitsandbytes; install it with: pip install bitsandbytes") from None
-    weight = layer.weight.detach()
-    packed, state = quantize_4bit(weight.flatten(1).contiguous(), quant_type="nf4")
-    layer.register_buffer("scale", state.absmax)  # the state's own, here to be seen with the layer's other tensors
-    shape, flat = weight.shape, packed.shape
+    packed, layer.state = quantize_4bit(weight.flatten(1).contiguous(), quant_type="nf4")
+    layer.register_buffer("scale", layer.state.absmax)  # here to be seen with the layer's other tensors
+    layer.shapes = packed.shape, weight.shape
     # As many axes as the weight had: peft tells the kind of convolution by them.
-    return packed.view(-1, *[1] * (weight.ndim - 1)), lambda: dequantize_4bit(layer.weight.view(flat), state).view(shape)
+    return packed.view(-1, *[1] * (weight.ndim - 1))
+
+
+def _full_nf4(layer: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    packed, whole = layer.shapes
+    return dequantize_4bit(layer.weight.view(packed), layer.state).view(whole)
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    return _Apply.apply(layer, x)
 
 
 class _Apply(torch.autograd.Function):
     """A layer whose frozen weight is not kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, full: Callable[[], Tensor], x: Tensor) -> Tensor:
-        ctx.layer, ctx.full, ctx.shape = layer, full, x.shape
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, full(), layer.bias)
-        return layer._conv_forward(x, full(), layer.bias)
+    def forward(ctx: Any, layer: Any, x: Tensor) -> Tensor:
+        ctx.layer, ctx.shape, full = layer, x.shape, layer.full()
+        return F.linear(x, full, layer.bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, full, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        if isinstance(ctx.layer, nn.Linear):
-            return None, None, gradients[0] @ ctx.full()
-        how = ctx.layer.stride, ctx.layer.padding, ctx.layer.dilation, ctx.layer.groups
-        return None, None, conv2d_input(list(ctx.shape), ctx.full(), gradients[0], *how)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        layer, full = ctx.layer, ctx.layer.full()
+        if isinstance(layer, nn.Linear):
+            return None, gradients[0] @ full
+        how = layer.stride, layer.padding, layer.dilation, layer.groups
+        return None, conv2d_input(list(ctx.shape), full, gradients[0], *how)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from rapm.compiled import check_compiled, compile_blocks
 from rapm.config import Config
 from rapm.critic import Heads
 from rapm.files import under_prefix, with_prefix
@@ -85,18 +86,28 @@ def make_players(config: Config, backbone: Backbone, store: TrajectoryStore, sch
 def rehearse(players: Players, store: TrajectoryStore) -> None:
     """Takes both turns once and changes nothing: memory that does not suffice shows now and not in the middle of the
     night, when the critics come in or the largest picture does. Room for the state that optimisers do not have yet is held
-    meanwhile."""
-    learners = [players.student, *players.critics.values()]
-    room = [learner.room_for_state() for learner in learners]
+    meanwhile. Compiled blocks are checked before, at every size.
+
+    Raises:
+        UserError: compiled blocks are wrong.
+    """
+    learners, backbone = [players.student, *players.critics.values()], players.backbone
     among = min(store.manifest["sizes"] ** 2, len(store))  # however few the prompts are, all sizes are among these
-    largest = max((store[k] for k in range(among)), key=lambda row: row.coarse.numel())
+    by_size = {row.coarse.shape: row for row in (store[k] for k in range(among))}
     side_by_side = players.config.training.walk_ahead * players.config.training.batch_size
-    batch = walk_ahead(players, batch_of([largest] * side_by_side, players.backbone.device))[0]
-    renoising = {role: players.renoising(batch.coarse[:, -1].shape, _generator(0, role)) for role in players.critics}
-    _, walked = student_turn(players, batch, renoising)
-    critic_turn(players, walked, renoising)
-    for learner in learners:
-        learner.optimizer.zero_grad(set_to_none=True)
+
+    def turns_on(row: Trajectory) -> None:
+        batch = walk_ahead(players, batch_of([row] * side_by_side, backbone.device))[0]
+        renoising = {role: players.renoising(batch.coarse[:, -1].shape, _generator(0, role)) for role in players.critics}
+        _, walked = student_turn(players, batch, renoising)
+        critic_turn(players, walked, renoising)
+        for learner in learners:
+            learner.optimizer.zero_grad(set_to_none=True)
+
+    if players.config.training.compile:
+        check_compiled(backbone, lambda: [turns_on(row) for row in by_size.values()])
+    room = [learner.room_for_state() for learner in learners]
+    turns_on(max(by_size.values(), key=lambda row: row.coarse.numel()))
     del room
 
 
@@ -122,6 +133,8 @@ def train(run: Run, backbone: Backbone, store: TrajectoryStore, schedule: Schedu
             learner.load_state(under_prefix(role, state))
         stored = under_prefix("average", state)
         average = {name: stored[name].to(backbone.device) for name in average}
+    if training.compile:
+        compile_blocks(backbone)
     rehearse(players, store)
     run.forget_metrics_from(first)
 
