@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_network import backbone, draws, gradients, inputs, make_players, stored_batch
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from rapm.compiled import check_compiled, compile_blocks
 from rapm.errors import UserError
@@ -59,11 +60,13 @@ def off_by(share: float, backward: bool):
     """A compiler that makes what a block gives, or its gradients, too large."""
 
     def too_large(graph: Any, inputs: Any) -> Any:
-        return lambda *given: [x * (1 + share) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                               for x in graph(*given)]  # fmt: skip
+        def run(*given: Any) -> list[Any]:
+            return [x * (1 + share) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*given)]
+
+        return make_boxed_func(run)
 
     def right(graph: Any, inputs: Any) -> Any:
-        return graph
+        return make_boxed_func(graph)
 
     return aot_autograd(fw_compiler=right if backward else too_large, bw_compiler=too_large if backward else right)
 
