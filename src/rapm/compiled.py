@@ -88,7 +88,8 @@ class _Call:
     def kind(self) -> tuple[Any, ...]:
         """Calls of one kind are compiled into one function."""
         given = (*self.arguments, *self.named.values())
-        return self.role, self.graph, *(tuple(x.shape) for x in given if isinstance(x, Tensor))
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        return self.role, self.graph, *((tuple(x.shape), self.graph and x.requires_grad) for x in tensors)
 
     def results(self, backbone: Backbone) -> dict[str, Tensor]:
         """Its output, and where it had a graph the gradients of the output's product with noise."""
