@@ -5,7 +5,7 @@
     python benchmarks/full_size.py --counted           # writes docs/cost.md's table of counted FLOPs and bytes; any machine
 
 Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. An
-iteration is a turn of the student's, with critics, and then the critics' from the way it went; the first is not timed. On a
+iteration is a turn of the student's, and then where there are critics theirs from the way it went; the first is not timed. On a
 GPU memory is torch's own peak, on a CPU the growth of the process's resident memory at its peak over what it was before the
 network came. A CPU without bfloat16 is given float32.
 

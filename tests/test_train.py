@@ -168,6 +168,33 @@ def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Confi
     assert all(not learner.optimizer.state for learner in (players.student, *players.critics.values()))
 
 
+def test_compiled_blocks_are_what_trains_and_wrong_ones_never_do(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By compilers that hand on what they were given, or 1.01 times as much; the real one is in test_compiled.py."""
+    made: list[int] = []
+
+    def times(factor: float) -> None:
+        def compiler(graph: Any, inputs: Any) -> Any:
+            made.append(1)
+            return graph.forward if factor == 1 else lambda *given: tuple(factor * x for x in graph.forward(*given))
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(training, "compile_blocks", lambda b: b.network.compile_repeated_blocks(backend=compiler))
+
+    compiled, plain = changed(tiny_config, training={"compile": True}), trained(tiny_config, tmp_path / "plain")
+    times(1.0)
+    right = trained(compiled, tmp_path / "right")
+    assert made
+    (step, expected), (other, found) = (run.load_checkpoint() for run in (plain, right))
+    assert step == other == 10
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    times(1.01)
+    with pytest.raises(UserError, match=r"off by 1\.0%"):
+        trained(compiled, tmp_path / "wrong")
+    assert not Run.open(tmp_path / "wrong", compiled).checkpoint_steps()
+
+
 @pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adamw", 8), ("adamw8bit", 2)])
 def test_rehearsal_holds_what_optimisers_will_take(
     tiny_config: Config, tmp_path: Path, optimizer: str, bytes_a_weight: int
