@@ -1,18 +1,22 @@
 """Time and memory of full-size networks with random weights, beside the bare networks' and PCM's.
 
-    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512, SDXL at 1024 on a GPU; on a CPU SD 1.5 at 256
-    python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables of it
-    python benchmarks/full_size.py --counted           # writes docs/cost.md's table of counted FLOPs and bytes; any machine
+    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512, SDXL at 1024 on a GPU; on a
+    CPU SD 1.5 at 256 python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's
+    tables of it python benchmarks/full_size.py --counted           # writes docs/cost.md's table of
+    counted FLOPs and bytes; any machine
 
-Every case runs in a process of its own, so that its memory is its own; what is in the file already is not run again. An
-iteration is a turn of the student's, and then where there are critics theirs from the way it went; the first is not timed. On a
-GPU memory is torch's own peak, on a CPU the growth of the process's resident memory at its peak over what it was before the
-network came. A CPU without bfloat16 is given float32.
+Every case runs in a process of its own, so that its memory is its own; what is in the file already
+is not run again. An iteration is a turn of the student's, and then where there are critics theirs
+from the way it went; the first is not timed. On a GPU memory is torch's own peak, on a CPU the
+growth of the process's resident memory at its peak over what it was before the network came. A CPU
+without bfloat16 is given float32.
 
-The floor: the network passes that a turn made, made again by the network alone, with backward passes where the turn had them;
-once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the same N positions, one of
-each slot, as an iteration here, with rank, precision and checkpointing as here, its heads and 8-bit AdamW as published; its
-VAE and text encoder are left out. What is counted rather than measured is the plan's account of the same turns (meta device).
+The floor: the network passes that a turn made, made again by the network alone, with backward
+    passes where the turn had them;
+once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the
+same N positions, one of each slot, as an iteration here, with rank, precision and checkpointing as
+here, its heads and 8-bit AdamW as published; its VAE and text encoder are left out. What is counted
+rather than measured is the plan's account of the same turns (meta device).
 """
 
 from __future__ import annotations
@@ -43,17 +47,29 @@ from rapm.compiled import compile_blocks
 from rapm.config import Config
 from rapm.counting import count
 from rapm.doctor import cpu_has_bfloat16
-from rapm.finding import architecture_of
+from rapm.estimate import (
+    Stub,
+    duration,
+    given,
+    make_plan,
+    peak_of_process,
+    teacher_pass,
+    walking,
+    without_weights,
+)
+from rapm.models.resolve import architecture_of
+from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning
-from rapm.plan import Stub, duration, given, make_plan, peak_of_process, teacher_pass, walking, without_weights
-from rapm.teacher import Teacher, load_backbone
 from rapm.train import make_players
 from rapm.turns import Learner, Walked, critic_turn, student_turn
 
 GIB = 2**30
 COST = Path(__file__).parents[1] / "docs" / "cost.md"
-START, START_COUNTED = "<!-- table: benchmarks/full_size.py -->", "<!-- table: benchmarks/full_size.py --counted -->"
+START, START_COUNTED = (
+    "<!-- table: benchmarks/full_size.py -->",
+    "<!-- table: benchmarks/full_size.py --counted -->",
+)
 CRITICS = ["critics.adversarial_weight=0.4"]
 STORED = ["training.positions=stored", "training.relative_weight=1"]
 PAPER = [*CRITICS, *STORED, "trajectories.fine_steps=25"]
@@ -62,7 +78,10 @@ SETTINGS: dict[str, list[str]] = {
     "as the library does it": [],
     "slot_batch 4": ["training.slot_batch=4"],
     "no checkpointing": ["training.gradient_checkpointing=false"],
-    "no checkpointing, slot_batch 4": ["training.gradient_checkpointing=false", "training.slot_batch=4"],
+    "no checkpointing, slot_batch 4": [
+        "training.gradient_checkpointing=false",
+        "training.slot_batch=4",
+    ],
     "channels_last": ["training.channels_last=true"],
     "compile": ["training.compile=true"],
     "int8": ["base_precision=int8"],
@@ -76,9 +95,13 @@ SETTINGS: dict[str, list[str]] = {
 # As published with AdamW in 8 bits: on SD 1.5 its heads alone have 664 million parameters.
 PCM = {
     "PCM": ["training.optimizer=adamw8bit"],
-    "PCM, no checkpointing": ["training.optimizer=adamw8bit", "training.gradient_checkpointing=false"],
+    "PCM, no checkpointing": [
+        "training.optimizer=adamw8bit",
+        "training.gradient_checkpointing=false",
+    ],
 }
-# The embedded teacher, for which Python's share is largest: as the demo does it, as the library, with critics, and the paper's.
+# The embedded teacher, for which Python's share is largest: as the demo does it, as the library,
+# with critics, and the paper's.
 TOY = {
     "as the demo does it: no critics, 8 walk ahead": [],
     "as the demo does it, compiled": ["training.compile=true"],
@@ -90,7 +113,11 @@ TOY = {
 COUNTED = {
     "as the library does it": [],
     "with critics": CRITICS,
-    "with critics, stored positions": [*CRITICS, "training.positions=stored", "trajectories.fine_steps=25"],
+    "with critics, stored positions": [
+        *CRITICS,
+        "training.positions=stored",
+        "trajectories.fine_steps=25",
+    ],
     "the paper's form": PAPER,
     "followed positions of M = 5": ["training.positions=followed", "trajectories.fine_steps=5"],
 }
@@ -99,10 +126,18 @@ COUNTED = {
 def cases(on_gpu: bool) -> Iterator[dict[str, Any]]:
     """What is run: the model, its size in pixels, the network's precision, a name, settings."""
     half = "bfloat16" if on_gpu or cpu_has_bfloat16() else "float32"
-    for model, size in [("toy", 64), ("sd15", 512), ("sdxl", 1024)] if on_gpu else [("toy", 64), ("sd15", 256)]:
+    for model, size in (
+        [("toy", 64), ("sd15", 512), ("sdxl", 1024)] if on_gpu else [("toy", 64), ("sd15", 256)]
+    ):
         precision = "float32" if model == "toy" else half
         for name, settings in (TOY if model == "toy" else {**SETTINGS, **PCM}).items():
-            yield {"model": model, "size": size, "precision": precision, "name": name, "settings": settings}
+            yield {
+                "model": model,
+                "size": size,
+                "precision": precision,
+                "name": name,
+                "settings": settings,
+            }
 
 
 def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -116,11 +151,15 @@ def config_of(case: Mapping[str, Any]) -> Config:
 
 
 def full_size(model: str, size: int, precision: str, settings: Sequence[str]) -> Config:
-    given = [f"precision={precision}", f"trajectories.size={size}x{size}", "trajectories.batch_size=1"]
+    given = [
+        f"precision={precision}",
+        f"trajectories.size={size}x{size}",
+        "trajectories.batch_size=1",
+    ]
     return configuration.load(teacher=f"random:{model}", settings=[*given, *settings])
 
 
-# ------------------------------------------------------------------------------------------------------------------- one case
+# ---- one case
 
 
 @contextmanager
@@ -144,7 +183,10 @@ def processor() -> str:
     """The CPU's name where the system tells it, else its kind."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 class Memory:
@@ -158,8 +200,12 @@ class Memory:
     def reset(self) -> None:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == "linux":  # elsewhere the peak is that of the whole process, loading with it
-            if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what loading has given back
+        elif (
+            sys.platform == "linux"
+        ):  # elsewhere the peak is that of the whole process, loading with it
+            if trim := getattr(
+                ctypes.CDLL(None), "malloc_trim", None
+            ):  # glibc keeps what loading has given back
                 trim(0)
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -168,7 +214,9 @@ class Memory:
             return torch.cuda.max_memory_allocated()
         if sys.platform != "linux":
             return peak_of_process() - self.before
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return int(status["VmHWM"].split()[0]) * 1024 - self.before
 
 
@@ -177,7 +225,8 @@ class Pass:
     """A network pass that a turn made.
 
     Attributes:
-        graph: whether it was made to be walked back: to its adapter's weights, or, if ``to_input``, to its input alone.
+        graph: whether it was made to be walked back: to its adapter's weights, or, if ``to_input``,
+            to its input alone.
         tapped: up to the last tap only.
     """
 
@@ -196,7 +245,11 @@ def watched(backbone: Backbone) -> Iterator[list[Pass]]:
     call, seen = backbone.call, []
 
     def noted(network: Any, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        role, graph, tapped = str(backbone.playing), torch.is_grad_enabled(), backbone._features is not None
+        role, graph, tapped = (
+            str(backbone.playing),
+            torch.is_grad_enabled(),
+            backbone._features is not None,
+        )
         seen.append(Pass(role, z.detach(), t, conditioning, graph, z.requires_grad, tapped))
         return call(network, z, t, conditioning)
 
@@ -208,8 +261,8 @@ def watched(backbone: Backbone) -> Iterator[list[Pass]]:
 
 
 def again(backbone: Backbone, passes: list[Pass], adapters: bool) -> None:
-    """The same passes by the network alone, each with its backward pass where it had a graph. Without an adapter that leads to
-    the input, as there is nothing else that it could lead to."""
+    """The same passes by the network alone, each with its backward pass where it had a graph.
+    Without an adapter that leads to the input, as there is nothing else that it could lead to."""
     for one in passes:
         to_input = one.graph and (one.to_input or not adapters)
         with backbone.role(one.role if adapters else TEACHER), torch.set_grad_enabled(one.graph):
@@ -252,11 +305,19 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
 
     ahead = config.training.walk_ahead
     work: dict[str, tuple[Callable[[], dict[str, float]], list[Learner]]] = {
-        **({"walk": (walk, [])} if ahead > 1 else {}),  # of several iterations: they share what it takes
+        **(
+            {"walk": (walk, [])} if ahead > 1 else {}
+        ),  # of several iterations: they share what it takes
         "student": (student, [players.student]),
         **({"critics": (lambda: critic_turn(players, walked, shown), critics)} if critics else {}),
     }
-    found |= {"losses": [], "seconds": {name: [] for name in work}, "floor": {}, "floor_with_lora": {}, "passes": {}}
+    found |= {
+        "losses": [],
+        "seconds": {name: [] for name in work},
+        "floor": {},
+        "floor_with_lora": {},
+        "passes": {},
+    }
     for iteration in range(iterations):
         losses: dict[str, float] = {}
         for name, (turn, own) in work.items():
@@ -265,7 +326,9 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
                 for learner in own:
                     learner.clip(iteration, 0.0, config.training.gradient_clip)
                     learner.step(1.0)
-        found["losses"].append(sum(value for key, value in losses.items() if key.endswith(("distance", "critic"))))
+        found["losses"].append(
+            sum(value for key, value in losses.items() if key.endswith(("distance", "critic")))
+        )
     found["memory"] = memory.peak()
     for name, (turn, _) in work.items():
         with watched(backbone) as passes:
@@ -286,12 +349,21 @@ def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dic
     return found
 
 
-def pcm_of(config: Config, teacher: Teacher, stub: Stub, model: str, device: str) -> tuple[pcm.Pcm, Callable[[bool], None]]:
+def pcm_of(
+    config: Config, teacher: Teacher, stub: Stub, model: str, device: str
+) -> tuple[pcm.Pcm, Callable[[bool], None]]:
     """PCM's step, and what calls it for a turn: of the critics, or the student's."""
     form, grid, bare = pcm.FORMS[model], config.grid(), without_weights(teacher)
-    student, network = load_backbone(bare, config, device), bare.load_network(config.torch_dtype, device)
+    student, network = (
+        load_backbone(bare, config, device),
+        bare.load_network(config.torch_dtype, device),
+    )
     other = Backbone(
-        network, bare.family.call, (), pcm.taps(network, form), gradient_checkpointing=config.training.gradient_checkpointing
+        network,
+        bare.family.call,
+        (),
+        pcm.taps(network, form),
+        gradient_checkpointing=config.training.gradient_checkpointing,
     )
     student.add_role(STUDENT, config.student.rank, student.lora_targets, 0)
     rows = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
@@ -333,12 +405,22 @@ def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dic
 
 
 def counted_pcm(config: Config, model: str) -> tuple[float, int]:
-    """FLOPs of a pair of PCM's turns, and bytes at the peak: networks, adapters, heads, their moments in 8 bits, the rest."""
+    """FLOPs of a pair of PCM's turns, and bytes at the peak: networks, adapters, heads, their
+    moments in 8 bits, the rest."""
     teacher = architecture_of(config)
     step, turn = pcm_of(config, teacher, Stub(config, teacher, "meta"), model, "meta")
     modules = step.student.network, step.teacher.network, step.critic.heads
-    held = sum(t.numel() * t.element_size() for module in modules if module for t in [*module.parameters(), *module.buffers()])
-    moments = sum(2 * p.numel() for learner in (step.learner, step.critic) for p in learner.parameters.values())
+    held = sum(
+        t.numel() * t.element_size()
+        for module in modules
+        if module
+        for t in [*module.parameters(), *module.buffers()]
+    )
+    moments = sum(
+        2 * p.numel()
+        for learner in (step.learner, step.critic)
+        for p in learner.parameters.values()
+    )
     flops, peak = 0, 0
     for critic in (True, False):
         of_turn, at_most = count(lambda critic=critic: turn(critic))
@@ -349,18 +431,30 @@ def counted_pcm(config: Config, model: str) -> tuple[float, int]:
 
 
 def counted() -> str:
-    """Markdown: FLOPs of an iteration and bytes at the peak, by the plan's account, beside those of a pair of PCM's turns."""
+    """Markdown: FLOPs of an iteration and bytes at the peak, by the plan's account, beside those of
+    a pair of PCM's turns."""
     rows = []
     for model, size in (("sd15", 256), ("sd15", 512), ("sdxl", 1024)):
         found = {}
         for name, settings in COUNTED.items():
-            config = full_size(model, size, "bfloat16", ["critics.start=0", "critics.head_start=0", *settings])
+            config = full_size(
+                model, size, "bfloat16", ["critics.start=0", "critics.head_start=0", *settings]
+            )
             plan = make_plan(config, architecture_of(config))
-            found[name] = plan.flops["training"] / config.training.iterations, sum(plan.memory["training"].values())
+            found[name] = (
+                plan.flops["training"] / config.training.iterations,
+                sum(plan.memory["training"].values()),
+            )
         found["PCM"] = other = counted_pcm(full_size(model, size, "bfloat16", []), model)
         for name, (flops, memory) in found.items():
-            ratios = [f"x {flops / other[0]:.2f}", f"x {memory / other[1]:.2f}"] if name != "PCM" else ["", ""]
-            rows.append([f"{model} at {size}", name, f"{flops / 1e12:.3g}", f"{memory / GIB:.2f}", *ratios])
+            ratios = (
+                [f"x {flops / other[0]:.2f}", f"x {memory / other[1]:.2f}"]
+                if name != "PCM"
+                else ["", ""]
+            )
+            rows.append(
+                [f"{model} at {size}", name, f"{flops / 1e12:.3g}", f"{memory / GIB:.2f}", *ratios]
+            )
     titles = "model", "iteration", "TFLOP", "GiB", "FLOPs, PCM is 1", "memory, PCM is 1"
     return markdown(titles, rows)
 
@@ -373,7 +467,9 @@ def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str
         found = theirs(config, teacher, iterations, case["model"])
     else:
         found = ours(config, teacher, repeats, iterations)
-    found["turns"] = {name: statistics.median(taken[1:]) for name, taken in found["seconds"].items()}
+    found["turns"] = {
+        name: statistics.median(taken[1:]) for name, taken in found["seconds"].items()
+    }
     gpu = torch.cuda.get_device_name() if config.torch_device == "cuda" else ""
     return {
         **case, **found, "device": gpu or processor(), "threads": torch.get_num_threads(),
@@ -381,7 +477,7 @@ def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------------- all
+# ---- all
 
 
 def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
@@ -410,7 +506,9 @@ def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
         )
         rows = [old for old in rows if key_of(old) != key] + [row]
         out.write_text(json.dumps(rows, indent=1))
-        print(key, {name: row.get(name) for name in ("turns", "memory", "wall", "error")}, flush=True)
+        print(
+            key, {name: row.get(name) for name in ("turns", "memory", "wall", "error")}, flush=True
+        )
     for row in rows:  # only now: counting takes time and memory too
         if "floor" in row and "planned" not in row:
             config = config_of(row)
@@ -430,8 +528,13 @@ def tables(rows: list[dict[str, Any]]) -> str:
     parts: list[str] = []
     for kind in dict.fromkeys(key_of(row)[:-1] for row in rows):
         order = list(TOY if kind[0] == "toy" else {**SETTINGS, **PCM})
-        own = sorted((row for row in rows if key_of(row)[:-1] == kind), key=lambda row: order.index(row["name"]))
-        device = next(f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row)
+        own = sorted(
+            (row for row in rows if key_of(row)[:-1] == kind),
+            key=lambda row: order.index(row["name"]),
+        )
+        device = next(
+            f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row
+        )
         beside = {row["name"]: row for row in own if row["name"] in PCM and "error" not in row}
         parts += [
             f"{kind[0]} at {kind[1]} pixels, {kind[2]}, on {device}:",
@@ -441,7 +544,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line of a table; with PCM's, ``beside``, is compared what has the same checkpointing and one slot at a time too."""
+    """One line of a table; with PCM's, ``beside``, is compared what has the same checkpointing and
+    one slot at a time too."""
     if "error" in row:
         return [row["name"], row["error"], *[""] * 9]
     taken, memory = row["turns"], row["memory"] / GIB
@@ -451,32 +555,56 @@ def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) ->
     cells = [row["name"], of_critics, of_student, "", "", "", f"{memory:.2f}", *[""] * 4]
     if "floor" in row:
         config = config_of(row)
-        a_trajectory = config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
+        a_trajectory = (
+            config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
+        )
         cells[3:6] = [
             *(f"{both / sum(row[key].values()) - 1:+.0%}" for key in ("floor", "floor_with_lora")),
             f"{3600 / a_trajectory:,.0f}" if a_trajectory else "not rolled out",
         ]
-        cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}" if "planned" in row else ""
+        cells[7] = (
+            f"{sum(row['planned']['training'].values()) / GIB:.2f}" if "planned" in row else ""
+        )
         cells[8] = f"{row['losses'][-1]:.5g}"
     alike = "PCM, no checkpointing" if "no checkpointing" in row["name"] else "PCM"
     other = None if row["name"] in PCM or "slot_batch" in row["name"] else beside.get(alike)
     if other:
-        cells[9:] = [f"x {both / sum(other['turns'].values()):.2f}", f"x {row['memory'] / other['memory']:.2f}"]
+        cells[9:] = [
+            f"x {both / sum(other['turns'].values()):.2f}",
+            f"x {row['memory'] / other['memory']:.2f}",
+        ]
     return cells
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="where results are kept (JSON)")
-    parser.add_argument("--table", type=Path, help="write the tables of such a file into docs/cost.md")
-    parser.add_argument("--counted", action="store_true", help="write the table of what is counted into docs/cost.md")
+    parser.add_argument(
+        "--table", type=Path, help="write the tables of such a file into docs/cost.md"
+    )
+    parser.add_argument(
+        "--counted",
+        action="store_true",
+        help="write the table of what is counted into docs/cost.md",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="of the floor")
-    parser.add_argument("--iterations", type=int, default=21, help="of student and critics, the first not timed; at least 2")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=21,
+        help="of student and critics, the first not timed; at least 2",
+    )
     parser.add_argument("--only", default="", help="cases whose description has this in it")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(run_case(json.loads(arguments.case), arguments.repeats, arguments.iterations)))
+        print(
+            json.dumps(
+                run_case(json.loads(arguments.case), arguments.repeats, arguments.iterations)
+            )
+        )
     elif arguments.table:
         replace_between(COST, START, tables(json.loads(arguments.table.read_text())))
     elif arguments.counted:

@@ -1,6 +1,8 @@
-"""Writes scores of toy runs into the README's table: ``python benchmarks/readme_table.py runs/demo [runs/seed-1 ...]``.
+"""Writes scores of toy runs into the README's table: ``python benchmarks/readme_table.py runs/demo
+[runs/seed-1 ...]``.
 
-The README's figures come from here and nowhere else. Each run must have been scored by ``rapm evaluate RUN``.
+The README's figures come from here and nowhere else. Each run must have been scored by ``rapm
+evaluate RUN``.
 """
 
 from __future__ import annotations
@@ -42,13 +44,16 @@ def table(folders: list[Path]) -> str:
             name = row["model"] + (f" (training seed {seed})" if row["model"] == "student" else "")
             rows.append([name, *cells(row), f"{row['seconds_per_image']:.3f}"])
         if not place:  # what the teacher does in few steps if asked for less guidance
-            rows += [["teacher", *cells(row), ""] for row in json.loads(FIGURES.read_text())["lower_guidance"]]
+            rows += [
+                ["teacher", *cells(row), ""]
+                for row in json.loads(FIGURES.read_text())["lower_guidance"]
+            ]
     rows.sort(key=lambda row: row[0].startswith("student"))
     return markdown(TITLES, rows)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """What is shown of scores by the names of :class:`rapm.evaluate.toy_protocol.Row`."""
+    """What is shown of scores by the names of :class:`rapm.evaluate.toy.Row`."""
     calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
     scored = [f"{row[score]:.3f}" for score in ("fid_to_teacher", "caption_accuracy")]
     scored += [f"{row[score]:.2f}" for score in ("diversity", "sharpness")]

@@ -1,9 +1,12 @@
-"""Builds a second small world for the critics, of more texture than the embedded one: the same scenes, all of them mottled.
+"""Builds a second small world for the critics, of more texture than the embedded one: the same
+scenes, all of them mottled.
 
-    python benchmarks/textured.py --out .paper/textured     # resumable; then benchmarks/paper.py has runs in it
+    python benchmarks/textured.py --out .paper/textured     # resumable; then benchmarks/paper.py
+    has runs in it
 
-Patches of a latent's size are lighter or darker, each by itself, so that a picture holds a few hundred numbers of fine detail
-that no caption tells: what distances alone are thought to blur. VAE, oracle and UNet are the embedded world's, trained on.
+Patches of a latent's size are lighter or darker, each by itself, so that a picture holds a few
+hundred numbers of fine detail that no caption tells: what distances alone are thought to blur. VAE,
+    oracle and UNet are the embedded world's, trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn import functional as F
 
-from rapm.files import write_text
+from rapm.io import write_text
 from rapm.toy import ORACLE, TEACHER, build, scenes
 from rapm.toy.fit import Stage
 from rapm.toy.oracle import Oracle
@@ -28,14 +31,20 @@ PATCH = 4  # pixels: one of a latent
 DEPTH = 0.2  # deviation of a patch's brightness
 CAPTIONS = 1000  # for trajectories
 SCENES, ORACLE_SCENES = 20_000, 10_000
-RECIPE = {"vae": Stage(updates=1_000, batch=8, rate=1e-3), "oracle": Stage(updates=700, batch=48, rate=7e-4)}
+RECIPE = {
+    "vae": Stage(updates=1_000, batch=8, rate=1e-3),
+    "oracle": Stage(updates=700, batch=48, rate=7e-4),
+}
 UNET_ROUNDS = {"unet": Stage(updates=2_400, batch=32, rate=4e-4)}
 
 
 def mottle(scene: Scene) -> np.ndarray:
-    """How much lighter or darker each pixel of a scene is, [64, 64], mean 0; a function of the scene's texture."""
+    """How much lighter or darker each pixel of a scene is, [64, 64], mean 0; a function of the
+    scene's texture."""
     rng = np.random.default_rng([int(u * 2**32) for u in scene.texture])
-    patches = torch.from_numpy(rng.standard_normal((1, 1, SIZE // PATCH + 3, SIZE // PATCH + 3)).astype(np.float32))
+    patches = torch.from_numpy(
+        rng.standard_normal((1, 1, SIZE // PATCH + 3, SIZE // PATCH + 3)).astype(np.float32)
+    )
     smooth = F.interpolate(patches, scale_factor=PATCH, mode="bilinear")[0, 0].numpy()
     y, x = PATCH + rng.integers(0, PATCH, 2)
     return smooth[y : y + SIZE, x : x + SIZE]
@@ -56,12 +65,17 @@ def oracle_to_train_on() -> Oracle:
 
 
 def use_this_world() -> None:
-    """Puts this world's pictures, first weights and shorter recipe in the place of the embedded one's."""
+    """Puts this world's pictures, first weights and shorter recipe in the place of the embedded
+    one's."""
     build.render_many = render_many
     build.SCENES, build.ORACLE_SCENES = SCENES, ORACLE_SCENES
     build.RECIPE, build.UNET_ROUNDS = RECIPE, UNET_ROUNDS
-    build.new_vae = lambda: AutoencoderKL.from_pretrained(TEACHER / "vae", torch_dtype=torch.float32)
-    build.new_unet = lambda: UNet2DConditionModel.from_pretrained(TEACHER / "unet", torch_dtype=torch.float32)
+    build.new_vae = lambda: AutoencoderKL.from_pretrained(
+        TEACHER / "vae", torch_dtype=torch.float32
+    )
+    build.new_unet = lambda: UNet2DConditionModel.from_pretrained(
+        TEACHER / "unet", torch_dtype=torch.float32
+    )
     build.Oracle = oracle_to_train_on
 
 
@@ -69,14 +83,19 @@ use_this_world()  # in the processes that render, too
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     for part in ("tokenizer", "text_encoder"):  # captions are the same
         shutil.copytree(TEACHER / part, arguments.out / part, dirs_exist_ok=True)
     build.build(arguments.out, arguments.device)
-    write_text(arguments.out / "captions.txt", "\n".join(scenes.captions(CAPTIONS, build.SEED, "train")) + "\n")
+    write_text(
+        arguments.out / "captions.txt",
+        "\n".join(scenes.captions(CAPTIONS, build.SEED, "train")) + "\n",
+    )
 
 
 if __name__ == "__main__":

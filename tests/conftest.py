@@ -1,4 +1,5 @@
-"""Tiny real teachers, made on the spot: real diffusers and transformers classes at toy sizes, random weights."""
+"""Tiny real teachers, made on the spot: real diffusers and transformers classes at toy sizes,
+random weights."""
 
 from __future__ import annotations
 
@@ -27,10 +28,16 @@ from rapm.schedule import Schedule
 from rapm.toy import TEACHER
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-gc.freeze()  # a network is loaded after a collection, which would look through half a million objects of the imports each time
+# a network is loaded after a collection, which would look through half a million objects of the
+# imports each time
+gc.freeze()
 
 
-SMALL = ("sd15", "sd21", "sdxl")  # the rows of the test table: small pipelines of the published kinds' own classes
+SMALL = (
+    "sd15",
+    "sd21",
+    "sdxl",
+)  # the rows of the test table: small pipelines of the published kinds' own classes
 CROSS_ATTENTION = {"sd15": 16, "sd21": 1024, "sdxl": 40}  # 1024 is 2.x
 
 
@@ -56,7 +63,9 @@ def make_unet(kind: str = "sd15") -> UNet2DConditionModel:
         block_out_channels=(16, 32),
         down_block_types=down if attends_first else down[::-1],
         up_block_types=up if attends_first else up[::-1],
-        layers_per_block=2 if kind == "sd21" else 1,  # by the second layer an original checkpoint of 2.x is told
+        layers_per_block=2
+        if kind == "sd21"
+        else 1,  # by the second layer an original checkpoint of 2.x is told
         cross_attention_dim=CROSS_ATTENTION[kind],
         norm_num_groups=8,
         **own[kind],
@@ -64,16 +73,25 @@ def make_unet(kind: str = "sd15") -> UNet2DConditionModel:
 
 
 def make_scheduler(kind: str = "sd15") -> Any:
-    """As the published folders have them; for sd15 DDIM with trailing timesteps, so that a pipeline can be asked as it is."""
-    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    """As the published folders have them; for sd15 DDIM with trailing timesteps, so that a pipeline
+    can be asked as it is."""
+    betas: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
     if kind == "sdxl":
         return EulerDiscreteScheduler(**betas, steps_offset=1, timestep_spacing="leading")
-    own = {"sd15": {"timestep_spacing": "trailing"}, "sd21": {"prediction_type": "v_prediction", "steps_offset": 1}}
+    own = {
+        "sd15": {"timestep_spacing": "trailing"},
+        "sd21": {"prediction_type": "v_prediction", "steps_offset": 1},
+    }
     return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, **own[kind])
 
 
 def make_pipeline(kind: str) -> Any:
-    """A small pipeline of the published kind's classes: latents 4 x 8 x 8, pictures 16 x 16, random weights."""
+    """A small pipeline of the published kind's classes: latents 4 x 8 x 8, pictures 16 x 16, random
+    weights."""
     torch.manual_seed(1)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -100,13 +118,27 @@ def make_pipeline(kind: str) -> Any:
             projection_dim=16,
         )
 
-    parts: dict[str, Any] = {"vae": vae, "tokenizer": tokenizer, "unet": make_unet(kind), "scheduler": make_scheduler(kind)}
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "tokenizer": tokenizer,
+        "unet": make_unet(kind),
+        "scheduler": make_scheduler(kind),
+    }
     if kind == "sdxl":  # ten layers at least, by which an original checkpoint is told
         second = CLIPTextModelWithProjection(text_config(24, 10, "gelu"))
-        parts |= {"text_encoder": CLIPTextModel(text_config(16, 2, "quick_gelu")), "text_encoder_2": second}
+        parts |= {
+            "text_encoder": CLIPTextModel(text_config(16, 2, "quick_gelu")),
+            "text_encoder_2": second,
+        }
         return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
-    text = CLIPTextModel(text_config(CROSS_ATTENTION[kind], 2, "gelu" if kind == "sd21" else "quick_gelu"))
-    left_out: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    text = CLIPTextModel(
+        text_config(CROSS_ATTENTION[kind], 2, "gelu" if kind == "sd21" else "quick_gelu")
+    )
+    left_out: dict[str, Any] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
     return StableDiffusionPipeline(**parts, text_encoder=text, **left_out)
 
 
@@ -127,22 +159,40 @@ def tiny_teacher(small_teachers: dict[str, Path]) -> Path:
 def make_lora(folder: Path, out: Path, form: str, seed: int = 0) -> Path:
     """A LoRA file for network and first text encoder; kohya's with alpha at half the rank."""
     pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    targets = (
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    )
     states = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for part, names in zip(("unet", "text_encoder"), targets, strict=True):
             model = getattr(pipeline, part)
-            model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False))
-            states[part] = {name: 0.3 * value for name, value in get_peft_model_state_dict(model).items()}
+            model.add_adapter(
+                LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False)
+            )
+            states[part] = {
+                name: 0.3 * value for name, value in get_peft_model_state_dict(model).items()
+            }
     if form == "diffusers":
-        pipeline.save_lora_weights(out, unet_lora_layers=states["unet"], text_encoder_lora_layers=states["text_encoder"])
+        pipeline.save_lora_weights(
+            out, unet_lora_layers=states["unet"], text_encoder_lora_layers=states["text_encoder"]
+        )
         return out / "pytorch_lora_weights.safetensors"
-    whole = {f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}
-    kohya = {name: value.clone().contiguous() for name, value in convert_state_dict_to_kohya(whole).items()}
+    whole = {
+        f"{part}.{name}": value for part, state in states.items() for name, value in state.items()
+    }
+    kohya = {
+        name: value.clone().contiguous()
+        for name, value in convert_state_dict_to_kohya(whole).items()
+    }
     out.mkdir()
     save_file(
-        {name: torch.tensor(1.0) if name.endswith("alpha") else value for name, value in kohya.items()}, out / "k.safetensors"
+        {
+            name: torch.tensor(1.0) if name.endswith("alpha") else value
+            for name, value in kohya.items()
+        },
+        out / "k.safetensors",
     )
     return out / "k.safetensors"
 
@@ -157,7 +207,9 @@ def ddim_schedule() -> Schedule:
 @pytest.fixture
 def tiny_prompts(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.txt"
-    file.write_text("a red star on grass\na blue ring on sand\n\none white cross on brick\n", encoding="utf-8")
+    file.write_text(
+        "a red star on grass\na blue ring on sand\n\none white cross on brick\n", encoding="utf-8"
+    )
     return file
 
 

@@ -13,13 +13,13 @@ from paper import Spec, View, memory_of, seconds_of
 from test_network import inputs, shake
 
 from rapm import config as configuration
-from rapm.families.stable_diffusion import FAMILY, UNET_LORA_TARGETS
-from rapm.finding import teacher_of
+from rapm.estimate import bytes_of
+from rapm.models.resolve import teacher_of
+from rapm.models.stable_diffusion import FAMILY, UNET_LORA_TARGETS
+from rapm.models.teacher import load_backbone
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import pseudo_huber
-from rapm.plan import bytes_of
 from rapm.schedule import Grid, Schedule
-from rapm.teacher import load_backbone
 from rapm.train import draw_batch
 from rapm.trajectories import Trajectory, rollout
 from rapm.turns import Learner
@@ -64,7 +64,8 @@ def test_heads_of_pcm_have_the_published_size() -> None:
 
 
 def test_pcm_asks_for_the_place_where_the_teachers_step_leads() -> None:
-    """By diffusers' own formulas, from a start inside a slot and from the last fine step before its edge."""
+    """By diffusers' own formulas, from a start inside a slot and from the last fine step before its
+    edge."""
     method = make_pcm(pcm.FORMS["sdxl"])
     x0, _, conditioning = inputs(1)
     x0, conditioning = x0[:1], {name: value[:1] for name, value in conditioning.items()}
@@ -77,7 +78,9 @@ def test_pcm_asks_for_the_place_where_the_teachers_step_leads() -> None:
 
     for start, t, after, edge in ((1, 832, 666, 499), (5, 166, -1, -1)):
         assert GRID.fine[start : start + 2] == [t, after]
-        found = method.turn(x0, [start], conditioning, torch.Generator().manual_seed(3), critic=False, share=1.0)
+        found = method.turn(
+            x0, [start], conditioning, torch.Generator().manual_seed(3), critic=False, share=1.0
+        )
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
         z = scheduler.add_noise(x0, noise, torch.tensor([t]))
         with torch.no_grad():
@@ -87,17 +90,31 @@ def test_pcm_asks_for_the_place_where_the_teachers_step_leads() -> None:
                 moved = step(z, without + SCALE * (with_ - without), t, after)
             with ours.role(STUDENT):
                 fake = step(z, ours(z, torch.tensor([t]), conditioning), t, edge)
-                target = moved if after == edge else step(moved, ours(moved, torch.tensor([after]), conditioning), after, edge)
-        torch.testing.assert_close(found["distance"], float(pseudo_huber(fake, target)), rtol=1e-4, atol=1e-6)
+                target = (
+                    moved
+                    if after == edge
+                    else step(moved, ours(moved, torch.tensor([after]), conditioning), after, edge)
+                )
+        torch.testing.assert_close(
+            found["distance"], float(pseudo_huber(fake, target)), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_in_pcm_only_whose_turn_it_is_gets_a_gradient() -> None:
     method = make_pcm(pcm.FORMS["sd15"])
     x0, _, conditioning = inputs(2)
-    for critic, own, other in ((True, method.critic, method.learner), (False, method.learner, method.critic)):
+    for critic, own, other in (
+        (True, method.critic, method.learner),
+        (False, method.learner, method.critic),
+    ):
         method.turn(x0, [0, 4], conditioning, torch.Generator(), critic=critic, share=1.0)
-        # Between the hinges real and fake pull a head's last bias in opposite directions, by as much.
-        assert all(p.grad is not None and p.grad.any() for name, p in own.parameters.items() if not name.endswith("out.bias"))
+        # Between the hinges real and fake pull a head's last bias in opposite directions, by as
+        # much.
+        assert all(
+            p.grad is not None and p.grad.any()
+            for name, p in own.parameters.items()
+            if not name.endswith("out.bias")
+        )
         assert all(p.grad is None for p in other.parameters.values())
         own.optimizer.zero_grad()
 
@@ -129,7 +146,9 @@ def learner(world: World) -> Learner:
 def test_lcm_starts_as_the_identity() -> None:
     skip, out = lcm.boundary(torch.tensor([0, -1, 999]), torch.zeros(3, 4, 8, 8))
     assert skip[:2].flatten().tolist() == [1, 1] and out[:2].flatten().tolist() == [0, 0]
-    assert float(skip[2]) == pytest.approx(0, abs=1e-8) and float(out[2]) == pytest.approx(1, abs=1e-6)
+    assert float(skip[2]) == pytest.approx(0, abs=1e-8) and float(out[2]) == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 def test_lcm_compares_predictions_of_the_clean_latent_along_the_teachers_step() -> None:
@@ -146,29 +165,43 @@ def test_lcm_compares_predictions_of_the_clean_latent_along_the_teachers_step() 
         z = make_scheduler().add_noise(z, noise[k : k + 1], torch.tensor([t]))
         with torch.no_grad():
             with world.student.role(TEACHER):
-                without, with_ = (world.student(z, torch.tensor([t]), c) for c in (world.unconditional, own))
+                without, with_ = (
+                    world.student(z, torch.tensor([t]), c) for c in (world.unconditional, own)
+                )
             moved = world.schedule.step(z, without + SCALE * (with_ - without), t, s)
             with world.student.role(STUDENT):
-                before = world.schedule.x0_and_eps(z, world.student(z, torch.tensor([t]), own), t)[0]
-                after = world.schedule.x0_and_eps(moved, world.student(moved, torch.tensor([max(s, 0)]), own), max(s, 0))[0]
+                before = world.schedule.x0_and_eps(z, world.student(z, torch.tensor([t]), own), t)[
+                    0
+                ]
+                after = world.schedule.x0_and_eps(
+                    moved, world.student(moved, torch.tensor([max(s, 0)]), own), max(s, 0)
+                )[0]
         expected.append(pseudo_huber(before, moved if s < 0 else after))
     assert found["distance"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
 
 
 def test_regression_goes_from_stored_to_stored_positions() -> None:
     world = make_world()
-    found, _ = regression.Regression(world, learner(world)).iterate(0, torch.Generator().manual_seed(4))
-    batch, expected = draw_batch(world.store, 1, world.config.training.seed, 0, torch.device("cpu")), 0.0
+    found, _ = regression.Regression(world, learner(world)).iterate(
+        0, torch.Generator().manual_seed(4)
+    )
+    batch, expected = (
+        draw_batch(world.store, 1, world.config.training.seed, 0, torch.device("cpu")),
+        0.0,
+    )
     with torch.no_grad(), world.student.role(STUDENT):
         for t, s, n in ((999, 499, 1), (499, -1, 0)):
             z = batch.coarse[:, n + 1]
-            moved = world.schedule.step(z, world.student(z, torch.tensor([t]), batch.conditioning), t, s)
+            moved = world.schedule.step(
+                z, world.student(z, torch.tensor([t]), batch.conditioning), t, s
+            )
             expected += float(pseudo_huber(moved, batch.coarse[:, n])) / 2
     assert found["distance"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_distribution_matching_moves_nothing_where_both_scores_agree() -> None:
-    """A fake-score LoRA that is still the identity against a teacher without guidance; and only whose turn it is learns."""
+    """A fake-score LoRA that is still the identity against a teacher without guidance; and only
+    whose turn it is learns."""
     for scale, moves in ((1.0, False), (SCALE, True)):
         world = make_world(scale)
         critic = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
@@ -177,21 +210,28 @@ def test_distribution_matching_moves_nothing_where_both_scores_agree() -> None:
         method = dmd2.Dmd2(world, critic, student, fake)
         losses, whose = method.iterate(0, torch.Generator().manual_seed(4))
         assert whose == [student] and (losses["matching"] > 0) == moves
-        assert any(p.grad is not None and p.grad.any() for p in student.parameters.values()) == moves
+        assert (
+            any(p.grad is not None and p.grad.any() for p in student.parameters.values()) == moves
+        )
         assert all(p.grad is None for p in fake.parameters.values())
         student.optimizer.zero_grad()
         _, whose = method.iterate(1, torch.Generator().manual_seed(4))
-        assert whose == [fake] and any(p.grad.any() for p in fake.parameters.values() if p.grad is not None)
+        assert whose == [fake] and any(
+            p.grad.any() for p in fake.parameters.values() if p.grad is not None
+        )
         assert all(p.grad is None for p in student.parameters.values())
 
 
 def test_distribution_matching_moves_towards_where_the_teacher_sees_it() -> None:
-    """A step against the loss's gradient takes the clean latent from what the fake score predicts to what the teacher does."""
+    """A step against the loss's gradient takes the clean latent from what the fake score predicts
+    to what the teacher does."""
     world = make_world()
     critic = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
     critic.add_role(dmd2.FAKE, 4, UNET_LORA_TARGETS, 0)
     shake(critic.parameters(dmd2.FAKE), 2)
-    method = dmd2.Dmd2(world, critic, learner(world), Learner(critic, dmd2.FAKE, None, 1e-4, (0.9, 0.999), 0.0))
+    method = dmd2.Dmd2(
+        world, critic, learner(world), Learner(critic, dmd2.FAKE, None, 1e-4, (0.9, 0.999), 0.0)
+    )
     x0, t, conditioning = inputs(2)
     z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -202,7 +242,9 @@ def test_distribution_matching_moves_towards_where_the_teacher_sees_it() -> None
             fake = world.schedule.x0_and_eps(z, critic(z, t, conditioning), t)[0]
     real = world.schedule.x0_and_eps(z, without + SCALE * (with_ - without), t)[0]
     length = (x0 - real).abs().flatten(1).mean(1)[:, None, None, None]
-    torch.testing.assert_close(method._direction(x0, z, t, conditioning), (fake - real) / length, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        method._direction(x0, z, t, conditioning), (fake - real) / length, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_seconds_are_of_turns_and_not_of_what_stood_between() -> None:
@@ -212,12 +254,30 @@ def test_seconds_are_of_turns_and_not_of_what_stood_between() -> None:
         now += seconds
         records.append({"iteration": k, ("critic", "distance")[k % 2]: 0.0, "seconds": now})
     assert seconds_of(records, 1) == pytest.approx(4 * 1.0 + 4 * 2.0)
-    ends = [8.0, 8.0, 8.0, 8.0, 98.0, 98.0, 98.0, 98.0, 106.0, 106.0, 106.0, 106.0, 110.0, 110.0]  # four walk side by side
-    assert seconds_of([{"iteration": k, "seconds": end} for k, end in enumerate(ends)], 4) == pytest.approx(14 * 2.0)
+    ends = [
+        8.0,
+        8.0,
+        8.0,
+        8.0,
+        98.0,
+        98.0,
+        98.0,
+        98.0,
+        106.0,
+        106.0,
+        106.0,
+        106.0,
+        110.0,
+        110.0,
+    ]  # four walk side by side
+    assert seconds_of(
+        [{"iteration": k, "seconds": end} for k, end in enumerate(ends)], 4
+    ) == pytest.approx(14 * 2.0)
 
 
 def test_memory_of_neighbours_is_counted_as_the_plan_counts() -> None:
-    """Regression takes the student's pass that RAPM takes on distances alone; PCM has a second network of 20 MiB and heads."""
+    """Regression takes the student's pass that RAPM takes on distances alone; PCM has a second
+    network of 20 MiB and heads."""
     alone = ["trajectories.count=64", "critics.adversarial_weight=0"]
     plan, regressed, consistent, phased = (
         memory_of(Spec("", method, method, alone if method == "rapm" else []))
@@ -239,7 +299,9 @@ def test_fewer_slots_are_seen_in_a_rollout_of_more() -> None:
         row: Any = Trajectory(coarse[0], nudged[0], {}, "", 0, 0)
         stored: Any = SimpleNamespace(manifest={"facts": {"grid": [8, 2, 1]}}, unconditional={})
         for slots in (4, 2, 1):
-            coarse, nudged = rollout(network, schedule, Grid(slots=slots, fine_steps=16 // slots), z, conditioning)
+            coarse, nudged = rollout(
+                network, schedule, Grid(slots=slots, fine_steps=16 // slots), z, conditioning
+            )
             view = View(stored, 1, slots)
             view.store = [row]  # type: ignore[assignment]
             assert torch.equal(view[0].coarse, coarse[0]) and torch.equal(view[0].nudged, nudged[0])

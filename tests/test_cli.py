@@ -49,16 +49,30 @@ def mistake(answer):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("--set training.iteration=5", "settings: unknown key 'training.iteration'; did you mean 'training.iterations'?"),
-        ("--set training.iterations=many", "settings: training.iterations: Input should be a valid integer"),
-        ("--set trajectories.slots=0", "settings: trajectories.slots: Input should be greater than or equal to 1 (given: 0)"),
+        (
+            "--set training.iteration=5",
+            "settings: unknown key 'training.iteration'; did you mean 'training.iterations'?",
+        ),
+        (
+            "--set training.iterations=many",
+            "settings: training.iterations: Input should be a valid integer",
+        ),
+        (
+            "--set trajectories.slots=0",
+            "settings: trajectories.slots: Input should be greater than or equal to 1 (given: 0)",
+        ),
         ("--set seed", "--set 'seed': write KEY=VALUE, for instance training.iterations=100"),
         ("--config none.toml", "there is no config file none.toml"),
         ("--preset huge", f"there is no preset 'huge'; there are: {PRESETS}"),
-        ("--teacher nowhere", "teacher 'nowhere' is neither 'toy', nor a folder, nor a .safetensors file, nor a hub id"),
+        (
+            "--teacher nowhere",
+            "teacher 'nowhere' is neither 'toy', nor a folder, nor a .safetensors file, nor a hub "
+            "id",
+        ),
         (
             "--teacher model.ckpt",
-            "teacher 'model.ckpt' is a pickle, which may run code when it is opened; convert it to .safetensors",
+            "teacher 'model.ckpt' is a pickle, which may run code when it is opened; convert it to "
+            ".safetensors",
         ),
         ("--teacher none.safetensors", "there is no file none.safetensors"),
         ("--teacher .", "teacher '"),
@@ -66,13 +80,19 @@ def mistake(answer):
         ("--teacher-config .", "teacher_config goes with a single .safetensors file only"),
         (
             "--size 64",
-            "settings: trajectories.size: write WIDTHxHEIGHT in pixels, several with commas between: 1024x1024,896x1152",
+            "settings: trajectories.size: write WIDTHxHEIGHT in pixels, several with commas "
+            "between: 1024x1024,896x1152",
         ),
-        ("--size 66x64", "trajectories.size: this teacher's pictures have sides that are multiples of 16 pixels, not 66x64"),
+        (
+            "--size 66x64",
+            "trajectories.size: this teacher's pictures have sides that are multiples of 16 "
+            "pixels, not 66x64",
+        ),
         *(
             (
                 f"--size 64x64,64x96 --set training.{side_by_side}=2",
-                "settings: trajectories.size names several sizes; pictures of different size fit in no batch: ",
+                "settings: trajectories.size names several sizes; pictures of different size fit "
+                "in no batch: ",
             )
             for side_by_side in ("batch_size", "walk_ahead")
         ),
@@ -93,16 +113,21 @@ def test_bad_settings_create_nothing(rapm, tmp_path, command, arguments, line):
         ("--prompts teacher", "there is no prompt file teacher"),
         (
             "",
-            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out prompts.txt' makes one)",
+            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out "
+            "prompts.txt' makes one)",
         ),
         (
             "--prompts good.txt --set device=cuda",
-            "device = 'cuda' but torch sees no GPU; use 'cpu' or 'auto', or install torch for your GPU",
+            "device = 'cuda' but torch sees no GPU; use 'cpu' or 'auto', or install torch for your "
+            "GPU",
         ),
     ],
 )
-def test_what_the_settings_name_must_be_there(rapm, tmp_path, monkeypatch, teacher, command, arguments, line):
-    """Else the folder would hold the mistake, and the command put right would be refused as another run's."""
+def test_what_the_settings_name_must_be_there(
+    rapm, tmp_path, monkeypatch, teacher, command, arguments, line
+):
+    """Else the folder would hold the mistake, and the command put right would be refused as another
+    run's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "good.txt").write_text("a cat\n")
@@ -114,10 +139,17 @@ def test_what_the_settings_name_must_be_there(rapm, tmp_path, monkeypatch, teach
 @pytest.mark.parametrize("command", CREATING)
 def test_another_folder_is_left_as_it_is(rapm, tmp_path, teacher, command):
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    before = sorted(file.relative_to(tmp_path / teacher) for file in (tmp_path / teacher).rglob("*"))
-    line = mistake(rapm(command, "--out", teacher, "--teacher", teacher, "--prompts", "prompts.txt"))
+    before = sorted(
+        file.relative_to(tmp_path / teacher) for file in (tmp_path / teacher).rglob("*")
+    )
+    line = mistake(
+        rapm(command, "--out", teacher, "--teacher", teacher, "--prompts", "prompts.txt")
+    )
     assert line == "teacher is not empty and holds no run (no config.toml); choose another --out"
-    assert sorted(file.relative_to(tmp_path / teacher) for file in (tmp_path / teacher).rglob("*")) == before
+    assert (
+        sorted(file.relative_to(tmp_path / teacher) for file in (tmp_path / teacher).rglob("*"))
+        == before
+    )
 
 
 @pytest.mark.parametrize("command", ON_A_RUN)
@@ -128,7 +160,10 @@ def test_a_folder_that_holds_no_run(rapm, tmp_path, command, folder):
 
 
 def test_a_wrong_split(rapm):
-    assert mistake(rapm("evaluate", "none", "--split", "train")) == "--split is 'test' or 'validation', not 'train'"
+    assert (
+        mistake(rapm("evaluate", "none", "--split", "train"))
+        == "--split is 'test' or 'validation', not 'train'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,5 +206,11 @@ def test_the_line_stands_alone_in_a_process_of_its_own(tmp_path, teacher):
     """No library adds its warnings to it."""
     program = "from rapm.cli import main; main()"
     arguments = ["distill", "--out", "run", "--teacher", teacher, "--prompts", "none.txt"]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"rapm: there is no prompt file {tmp_path / 'none.txt'}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"rapm: there is no prompt file {tmp_path / 'none.txt'}\n",
+    )

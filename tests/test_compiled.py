@@ -1,4 +1,5 @@
-"""Compiled blocks: as many functions as there are kinds of calls, the same results, and wrong ones are found out."""
+"""Compiled blocks: as many functions as there are kinds of calls, the same results, and wrong ones
+are found out."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from rapm.compiled import check_compiled, compile_blocks
 from rapm.errors import UserError
-from rapm.families.stable_diffusion import UNET_LORA_TARGETS
+from rapm.models.stable_diffusion import UNET_LORA_TARGETS
 from rapm.network import STUDENT
-from rapm.quantized import quantize
+from rapm.quantize import quantize
 from rapm.turns import Players, critic_turn, student_turn
 
 
@@ -36,13 +37,18 @@ def both_turns(players: Players) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a compiler for the CPU, and there is no g++ here")
+@pytest.mark.skipif(
+    not shutil.which("g++"),
+    reason="torch.compile takes a compiler for the CPU, and there is no g++ here",
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiling_changes_nothing(ddim_schedule, checkpointing: bool) -> None:
     """Gradients of student and critics at batch size 1, where peft's own layers come out wrong."""
     found = []
     for compiled in (False, True):
-        players = make_players(ddim_schedule, checkpointing, huber_c=0.1)  # smaller, rounding comes back larger
+        players = make_players(
+            ddim_schedule, checkpointing, huber_c=0.1
+        )  # smaller, rounding comes back larger
         if compiled:
             compile_blocks(players.backbone)
             before = [p.clone() for p in players.student.parameters.values()]
@@ -51,7 +57,9 @@ def test_compiling_changes_nothing(ddim_schedule, checkpointing: bool) -> None:
                 assert torch.equal(p, b)
             compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         found.append(both_turns(players))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before > 0, "compiled, and all of it was checked"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before > 0, (
+        "compiled, and all of it was checked"
+    )
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
@@ -61,14 +69,19 @@ def off_by(share: float, backward: bool):
 
     def too_large(graph: Any, inputs: Any) -> Any:
         def run(*given: Any) -> list[Any]:
-            return [x * (1 + share) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*given)]
+            return [
+                x * (1 + share) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                for x in graph(*given)
+            ]
 
         return make_boxed_func(run)
 
     def right(graph: Any, inputs: Any) -> Any:
         return make_boxed_func(graph)
 
-    return aot_autograd(fw_compiler=right if backward else too_large, bw_compiler=too_large if backward else right)
+    return aot_autograd(
+        fw_compiler=right if backward else too_large, bw_compiler=too_large if backward else right
+    )
 
 
 @pytest.mark.parametrize(("share", "backward"), [(0.0, True), (0.01, True), (0.01, False)])
@@ -77,7 +90,10 @@ def test_wrong_blocks_are_found_out(ddim_schedule, share: float, backward: bool)
     before = [p.clone() for p in players.student.parameters.values()]
     players.backbone.network.compile_repeated_blocks(backend=off_by(share, backward), dynamic=False)
     if share:
-        with pytest.raises(UserError, match=rf"{'gradient' if backward else 'output'} is off by 1.0%.*set it to false"):
+        with pytest.raises(
+            UserError,
+            match=rf"{'gradient' if backward else 'output'} is off by 1.0%.*set it to false",
+        ):
             check_compiled(players.backbone, lambda: both_turns(players))
     else:
         check_compiled(players.backbone, lambda: both_turns(players))
@@ -91,7 +107,9 @@ def test_no_compiler_is_said_in_one_line(ddim_schedule) -> None:
 
     players = make_players(ddim_schedule)
     players.backbone.network.compile_repeated_blocks(backend=none)
-    with pytest.raises(UserError, match=r"cannot compile here: .*no compiler.*set it to false") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot compile here: .*no compiler.*set it to false"
+    ) as caught:
         check_compiled(players.backbone, lambda: both_turns(players))
     assert "\n" not in str(caught.value)
 
@@ -110,7 +128,9 @@ def test_blocks_of_a_kind_share_what_was_compiled(base: Any) -> None:
         return graph.forward
 
     body.network.compile_repeated_blocks(backend=count, dynamic=False)
-    blocks = [m for m in body.network.modules() if type(m).__name__ in body.network._repeated_blocks]
+    blocks = [
+        m for m in body.network.modules() if type(m).__name__ in body.network._repeated_blocks
+    ]
     with body.role(STUDENT), torch.no_grad():
         body(*inputs(kind="sdxl"))
     kinds = {m.norm1.normalized_shape for m in blocks}

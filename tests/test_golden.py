@@ -1,4 +1,5 @@
-"""A golden curve: the first 30 iterations on the embedded teacher. Make it anew with ``python tests/test_golden.py``."""
+"""A golden curve: the first 30 iterations on the embedded teacher. Make it anew with ``python
+tests/test_golden.py``."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rapm import config as configuration
+from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
-from rapm.stages import make_trajectories, train_run
 
 GOLDEN = Path(__file__).parent / "golden.json"
 SETTINGS = (
@@ -42,15 +43,23 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 
 def test_the_first_30_iterations(tmp_path: Path) -> None:
-    """Another machine's kernels sum in another order: distances hold to 2 %, logits, which start near 0, to 0.03."""
+    """Another machine's kernels sum in another order: distances hold to 2 %, logits, which start
+    near 0, to 0.03."""
     for found, golden in zip(curve(tmp_path / "run"), json.loads(GOLDEN.read_text()), strict=True):
         assert found.keys() == golden.keys()
         for name, value in golden.items():
             absolute = 0.03 if name.endswith(("critic", "margin", "adversarial")) else 1e-4
             relative = 0.2 if name.endswith("gradient") else 0.02
-            assert found[name] == pytest.approx(value, rel=relative, abs=absolute), (found["iteration"], name)
+            assert found[name] == pytest.approx(value, rel=relative, abs=absolute), (
+                found["iteration"],
+                name,
+            )
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        GOLDEN.write_text("[\n" + ",\n".join(json.dumps(record) for record in curve(Path(folder) / "run")) + "\n]\n")
+        GOLDEN.write_text(
+            "[\n"
+            + ",\n".join(json.dumps(record) for record in curve(Path(folder) / "run"))
+            + "\n]\n"
+        )

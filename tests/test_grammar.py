@@ -1,4 +1,5 @@
-"""The built-in prompts: distinct, the same for everybody, well formed, of many kinds; and the command that writes them."""
+"""The built-in prompts: distinct, the same for everybody, well formed, of many kinds; and the
+command that writes them."""
 
 import random
 import re
@@ -33,12 +34,15 @@ def test_a_prompt_depends_on_its_seed_and_place_alone(many):
 
 
 def test_the_first_prompts_stay_what_they_are():
-    """Another machine or version of Python gives the same; whoever changes the words changes these too."""
+    """Another machine or version of Python gives the same; whoever changes the words changes these
+    too."""
     assert compose(3, 0) == [
-        "tawny owl stretching, roof of an old barn, night, telephoto photograph, muted colors, film grain, 8k, "
+        "tawny owl stretching, roof of an old barn, night, telephoto photograph, muted colors, "
+        "film grain, 8k, "
         "high resolution, award-winning photography, ultra realistic",
         'glowing red sign that says "FRESH BREAD", photo',
-        "A generative art piece of grains of sand rising like a flock of birds. The colors are teal and charcoal gray, "
+        "A generative art piece of grains of sand rising like a flock of birds. The colors are "
+        "teal and charcoal gray, "
         "with paper texture.",
     ]
 
@@ -56,21 +60,31 @@ def test_more_than_there_are():
 
 
 def test_prompts_are_well_formed(many):
-    """No doubled word, no stray space or comma, brackets or empty part, no wrong article, sentences with capital and stop."""
+    """No doubled word, no stray space or comma, brackets or empty part, no wrong article, sentences
+    with capital and stop."""
     wrong = re.compile(
         r"\b(\w+) \1\b|\s\s|^\s|\s$|\s[,.]|[,.][,.]|,$|, ,|[{}<>|/\\_\[\]()]"
-        r"|\ban (?!hour|8)[^aeiou]|\ba (?!uni|euro|one|ukr)[aeiou8]|\ba hour|\ban (?:uni(?!nh)|Ukr)",
+        r"|\ban (?!hour|8)[^aeiou]|\ba (?!uni|euro|one|ukr)[aeiou8]|\ba hour|\ban "
+        r"(?:uni(?!nh)|Ukr)",
         re.IGNORECASE,
     )
     assert [prompt for prompt in many if wrong.search(prompt)] == []
-    assert [prompt for prompt in many if prompt.endswith(".") and not prompt[0].isupper() and not prompt[0].isdigit()] == []
+    assert [
+        prompt
+        for prompt in many
+        if prompt.endswith(".") and not prompt[0].isupper() and not prompt[0].isdigit()
+    ] == []
     assert [prompt for prompt in many if re.search(r"\. [a-z]", prompt)] == []
     assert [prompt for prompt in many if prompt.count('"') not in (0, 2)] == []
     assert all(prompt.isascii() and prompt.isprintable() for prompt in many)
 
 
 def test_verbs_agree(many):
-    assert [p for p in many if re.match(r"(An?|The) [^,.]*? are ", p) and not re.search(r"(who|that|which|\.) ", p)] == []
+    assert [
+        p
+        for p in many
+        if re.match(r"(An?|The) [^,.]*? are ", p) and not re.search(r"(who|that|which|\.) ", p)
+    ] == []
     assert [p for p in many if re.match(r"(Two|Three|Four) [^,.]*? is ", p)] == []
 
 
@@ -104,8 +118,24 @@ def test_prompts_are_of_many_kinds(many, pattern, least):
 @pytest.mark.parametrize(
     "text",
     [
-        *("an owl", "a unicorn", "an umbrella", "an hourglass", "a house", "an 8-bit scene", "a 16-bit scene", "a 3D render"),
-        *("a Ukrainian nurse", "an upright piano", "a university", "two owls", "concept art", "a one-room hut"),
+        *(
+            "an owl",
+            "a unicorn",
+            "an umbrella",
+            "an hourglass",
+            "a house",
+            "an 8-bit scene",
+            "a 16-bit scene",
+            "a 3D render",
+        ),
+        *(
+            "a Ukrainian nurse",
+            "an upright piano",
+            "a university",
+            "two owls",
+            "concept art",
+            "a one-room hut",
+        ),
     ],
 )
 def test_articles(text):
@@ -128,10 +158,12 @@ def test_a_place_becomes_a_tag(place, tag):
 
 
 def test_every_place_becomes_a_tag():
-    assert [p for scene in (*words.SCENES, *words.SIGNS) for p in scene.places if _tag(p) == p] == []
+    assert [
+        p for scene in (*words.SCENES, *words.SIGNS) for p in scene.places if _tag(p) == p
+    ] == []
 
 
-# ------------------------------------------------------------------------------------------------------------ the command line
+# ---- the command line
 
 
 def command(monkeypatch, *arguments):
@@ -144,7 +176,9 @@ def command(monkeypatch, *arguments):
 def test_the_command_writes_what_the_grammar_composes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("deep/new.txt", 40, 3), ("other.txt", 1, 0)):
-        assert not command(monkeypatch, "prompts", "--count", str(count), "--seed", str(seed), "--out", name)
+        assert not command(
+            monkeypatch, "prompts", "--count", str(count), "--seed", str(seed), "--out", name
+        )
         assert capsys.readouterr() == (f"{count} prompt{'s' * (count > 1)} in {name}\n", "")
         assert (tmp_path / name).read_text(encoding="utf-8").splitlines() == compose(count, seed)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "new.txt", "other.txt"]
@@ -161,5 +195,8 @@ def test_the_command_overwrites_nothing(tmp_path, monkeypatch, capsys):
 def test_the_command_writes_text_files_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "prompts", "--out", "a.csv") == 2
-    assert capsys.readouterr() == ("", "rapm: --out a.csv: prompts are written one a line, into a file that ends in .txt\n")
+    assert capsys.readouterr() == (
+        "",
+        "rapm: --out a.csv: prompts are written one a line, into a file that ends in .txt\n",
+    )
     assert list(tmp_path.iterdir()) == []

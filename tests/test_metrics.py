@@ -38,7 +38,9 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     zero = torch.zeros(2)
     root = ((ca @ cb).trace() + 2 * (ca.det() * cb.det()).sqrt()).sqrt()
     expected = float(ca.trace() + cb.trace() - 2 * root)
-    assert frechet_distance(exactly(zero, ca), exactly(zero, cb, seed=1)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(exactly(zero, ca), exactly(zero, cb, seed=1)) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_frechet_distance_is_a_distance_of_sets():
@@ -68,12 +70,15 @@ def checkerboard(size):
 
 
 def test_sharpness_by_hand():
-    """A checkerboard's Laplacian is -8 times itself: four times +-8, variance 4 x 64 / 3. Colours that cancel are grey."""
+    """A checkerboard's Laplacian is -8 times itself: four times +-8, variance 4 x 64 / 3. Colours
+    that cancel are grey."""
     board = checkerboard(4).expand(3, 4, 4)
     flat = torch.full((3, 4, 4), 0.3)
     colourful = torch.stack([checkerboard(4), -checkerboard(4), torch.zeros(4, 4)])
     expected = torch.tensor([256 / 3, 0, 0])
-    torch.testing.assert_close(sharpness(torch.stack([board, flat, colourful])), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        sharpness(torch.stack([board, flat, colourful])), expected, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_sharpness_falls_under_blur():

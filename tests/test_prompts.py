@@ -12,15 +12,16 @@ from transformers import CLIPTokenizer
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
+from rapm.pipeline import describe_prompts
 from rapm.prompts import Prompt, PromptList, count_longer, is_hub, read_prompts, report, token_limit
 from rapm.run import Run
-from rapm.stages import describe_prompts
 from rapm.toy import TEACHER
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a file into the current folder, so that errors name it without one, and returns its name."""
+    """Writes a file into the current folder, so that errors name it without one, and returns its
+    name."""
     monkeypatch.chdir(tmp_path)
 
     def file(name, content):
@@ -42,7 +43,7 @@ def pairs(source):
     return [(prompt.text, prompt.seed) for prompt in read_prompts(source).prompts]
 
 
-# ---------------------------------------------------------------------------------------------------------------- what is read
+# ---- what is read
 
 
 @pytest.mark.parametrize("ending", [".txt", ".TXT"])
@@ -55,10 +56,17 @@ def test_a_text_file_has_a_prompt_a_line(write, ending):
     ("name", "content"),
     [
         ("a.csv", 'id,prompt,seed\r\n1,"a cat, asleep",5\r\n\r\n2,"a ""big""\ndog",\r\n'),
-        ("a.csv", '\ufeffSeed,Prompt \n5,"a cat, asleep"\n , "a ""big"" dog"\n'.replace(', "a', ',"a')),
+        (
+            "a.csv",
+            '\ufeffSeed,Prompt \n5,"a cat, asleep"\n , "a ""big"" dog"\n'.replace(', "a', ',"a'),
+        ),
         ("a.tsv", 'prompt\tseed\na cat, asleep\t 5\n"a ""big"" dog"\t\n'),
         ("a.jsonl", '{"seed": 5, "prompt": " a cat, asleep"}\n\n"a \\"big\\"\\ndog"\n'),
-        ("a.jsonl", '{"Seed": "5", "PROMPT": "a cat, asleep"}\r\n{"prompt": "a \\"big\\" dog", "seed": null}'),
+        (
+            "a.jsonl",
+            '{"Seed": "5", "PROMPT": "a cat, asleep"}\r\n{"prompt": "a \\"big\\" dog", "seed": '
+            "null}",
+        ),
     ],
 )
 def test_tables_have_a_prompt_a_row(write, name, content):
@@ -66,7 +74,13 @@ def test_tables_have_a_prompt_a_row(write, name, content):
 
 
 @pytest.mark.parametrize(
-    ("header", "chosen"), [("text,caption,prompt", "c"), ("text,caption,other", "b"), ("text,x,y", "a"), ("TEXT,x,y", "a")]
+    ("header", "chosen"),
+    [
+        ("text,caption,prompt", "c"),
+        ("text,caption,other", "b"),
+        ("text,x,y", "a"),
+        ("TEXT,x,y", "a"),
+    ],
 )
 def test_the_column_is_prompt_or_else_caption_or_else_text(write, header, chosen):
     assert pairs(write("a.csv", f"{header}\na,b,c\n")) == [(chosen, None)]
@@ -77,7 +91,10 @@ def test_the_column_is_prompt_or_else_caption_or_else_text(write, header, chosen
 
 
 def test_a_parquet_file(write):
-    pq.write_table(pa.table({"n": [1, 2, 3], "caption": ["a cat", " a\ndog", "a fox"], "seed": [5, None, -1]}), "a.parquet")
+    pq.write_table(
+        pa.table({"n": [1, 2, 3], "caption": ["a cat", " a\ndog", "a fox"], "seed": [5, None, -1]}),
+        "a.parquet",
+    )
     assert pairs("a.parquet") == [("a cat", 5), ("a dog", None), ("a fox", -1)]
     many = [f"prompt {n}" for n in range(70_000)]
     pq.write_table(pa.table({"text": many}), "many.parquet", row_group_size=20_000)
@@ -90,7 +107,7 @@ def test_what_comes_again_is_left_out_and_counted(write):
     assert found == PromptList([Prompt("a"), Prompt("b", 1), Prompt("b", 2)], 3)
 
 
-# ------------------------------------------------------------------------------------------------------------- what is refused
+# ---- what is refused
 
 
 @pytest.mark.parametrize(
@@ -111,41 +128,70 @@ def test_what_comes_again_is_left_out_and_counted(write):
         (
             "a.csv",
             "id,prompt\n1,a cat\n\n2,a dog, asleep\n",
-            "a.csv line 4: cells and columns differ in number (3 and 2); a prompt with a comma in it needs quotes",
+            "a.csv line 4: cells and columns differ in number (3 and 2); a prompt with a comma in "
+            "it needs quotes",
         ),
         (
             "a.tsv",
             "id\tprompt\n1\n",
-            "a.tsv line 2: cells and columns differ in number (1 and 2); a prompt with a tab in it needs quotes",
+            "a.tsv line 2: cells and columns differ in number (1 and 2); a prompt with a tab in it "
+            "needs quotes",
         ),
-        ("a.csv", 'prompt\na cat\n"a dog\na fox\n', "a.csv line 3: this row cannot be read (unexpected end of data)"),
-        ("a.csv", 'prompt,seed\n"a\ncat",1\na dog,2.5\n', "a.csv line 4: seed is not an integer (given: '2.5')"),
+        (
+            "a.csv",
+            'prompt\na cat\n"a dog\na fox\n',
+            "a.csv line 3: this row cannot be read (unexpected end of data)",
+        ),
+        (
+            "a.csv",
+            'prompt,seed\n"a\ncat",1\na dog,2.5\n',
+            "a.csv line 4: seed is not an integer (given: '2.5')",
+        ),
         ("a.csv", "prompt,seed\na cat,1\n ,2\n", "a.csv line 3: prompt is empty"),
         ("a.jsonl", '"a cat"\n{"prompt": \n', "a.jsonl line 2: this is not JSON (Expecting value)"),
         (
             "a.jsonl",
             '{"seed": %s}' % ("9" * 5000),
             "a.jsonl line 1: this is not JSON (Exceeds the limit (4300 digits) for integer "
-            "string conversion: value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit)",
+            "string conversion: value has 5000 digits; use sys.set_int_max_str_digits() to "
+            "increase the limit)",
         ),
-        ("a.jsonl", '{"a": 1, "b": 2}', "a.jsonl line 1: no column prompt, caption or text; there are: a, b"),
+        (
+            "a.jsonl",
+            '{"a": 1, "b": 2}',
+            "a.jsonl line 1: no column prompt, caption or text; there are: a, b",
+        ),
         ("a.jsonl", "{}", "a.jsonl line 1: no column prompt, caption or text; there are: none"),
         ("a.jsonl", "\n[1]", "a.jsonl line 2: this is neither an object nor a string"),
         ("a.jsonl", '{"text": 5}', "a.jsonl line 1: text is not text (given: 5)"),
         ("a.jsonl", '{"caption": null}', "a.jsonl line 1: caption is empty"),
         ("a.jsonl", '" "', "a.jsonl line 1: prompt is empty"),
-        ("a.jsonl", '"\\ud83d"', "a.jsonl line 1: prompt holds half a character (a lone surrogate)"),
-        ("a.jsonl", '{"text": "a", "seed": 1.5}', "a.jsonl line 1: seed is not an integer (given: 1.5)"),
-        ("a.jsonl", '{"text": "a", "seed": true}', "a.jsonl line 1: seed is not an integer (given: True)"),
+        (
+            "a.jsonl",
+            '"\\ud83d"',
+            "a.jsonl line 1: prompt holds half a character (a lone surrogate)",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "seed": 1.5}',
+            "a.jsonl line 1: seed is not an integer (given: 1.5)",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "seed": true}',
+            "a.jsonl line 1: seed is not an integer (given: True)",
+        ),
         (
             "a.xlsx",
             "a cat\n",
-            "a.xlsx: prompts are read from .txt, .csv, .tsv, .jsonl, .parquet files and from hub:OWNER/NAME",
+            "a.xlsx: prompts are read from .txt, .csv, .tsv, .jsonl, .parquet files and from "
+            "hub:OWNER/NAME",
         ),
         (
             "prompts",
             "a cat\n",
-            "prompts: prompts are read from .txt, .csv, .tsv, .jsonl, .parquet files and from hub:OWNER/NAME",
+            "prompts: prompts are read from .txt, .csv, .tsv, .jsonl, .parquet files and from "
+            "hub:OWNER/NAME",
         ),
     ],
 )
@@ -166,15 +212,20 @@ def test_mistakes_in_a_parquet_file(write, monkeypatch):
     assert told("a.parquet") == "a.parquet row 3: prompt is empty"
     pq.write_table(pa.table({"prompt": ["a", "b"], "seed": [1.0, 2.5]}), "a.parquet")
     assert told("a.parquet") == "a.parquet row 2: seed is not an integer (given: 2.5)"
-    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "seed": [1.0, None, float("nan")]}), "a.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["a", "b", "c"], "seed": [1.0, None, float("nan")]}), "a.parquet"
+    )
     assert [prompt.seed for prompt in read_prompts("a.parquet").prompts] == [1, None, None]
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), "a.parquet")
     assert told("a.parquet") == "a.parquet holds no prompts"
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert told("a.parquet") == "a.parquet needs pyarrow to be read; install it: pip install 'rapm[data]'"
+    assert (
+        told("a.parquet")
+        == "a.parquet needs pyarrow to be read; install it: pip install 'rapm[data]'"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------------- the hub
+# ---- the hub
 
 
 class Table(list):
@@ -190,21 +241,32 @@ class Table(list):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the ``datasets`` package, because tests have no network; returns the list of what it was asked.
+    """A stand-in for the ``datasets`` package, because tests have no network; returns the list of
+    what it was asked.
 
-    It holds one data set, and says what the package itself (5.2) says without a network when it is asked for another.
+    It holds one data set, and says what the package itself (5.2) says without a network when it is
+    asked for another.
     """
     asked = []
 
     def load_dataset(name, *, revision, split):
         asked.append((name, revision, split))
         if name != "them/theirs":
-            raise ConnectionError(f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)\nand more")
+            raise ConnectionError(
+                f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)\nand more"
+            )
         if split == "test":
             return Table([{"id": 1, "words": "a cat"}])
-        return Table([{"image": b"", "Caption": "a cat", "seed": 5}, {"image": b"", "Caption": "a\ndog", "seed": None}])
+        return Table(
+            [
+                {"image": b"", "Caption": "a cat", "seed": 5},
+                {"image": b"", "Caption": "a\ndog", "seed": None},
+            ]
+        )
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __version__="5.2.0"))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __version__="5.2.0")
+    )
     return asked
 
 
@@ -223,26 +285,41 @@ def test_a_hub_data_set(hub, source, asked):
     assert hub == [asked]
 
 
-@pytest.mark.parametrize("source", ["hub:", "hub:theirs", "hub:them/theirs/more", "hub:them/theirs@", "hub:them/../theirs"])
+@pytest.mark.parametrize(
+    "source",
+    ["hub:", "hub:theirs", "hub:them/theirs/more", "hub:them/theirs@", "hub:them/../theirs"],
+)
 def test_a_name_that_is_none_of_the_hubs(hub, source):
-    line = f"{source}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME:SPLIT"
+    line = (
+        f"{source}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME@REVISION or "
+        f"hub:OWNER/NAME:SPLIT"
+    )
     assert told(source) == line
     assert hub == []
 
 
 def test_a_hub_data_set_that_cannot_be_had(hub, monkeypatch):
-    line = "hub:them/others cannot be loaded: Couldn't reach 'them/others' on the Hub (OfflineModeIsEnabled)"
+    line = (
+        "hub:them/others cannot be loaded: Couldn't reach 'them/others' on the Hub "
+        "(OfflineModeIsEnabled)"
+    )
     assert told("hub:them/others") == line
     line = "hub:them/theirs:test: no column prompt, caption or text; there are: id, words"
     assert told("hub:them/theirs:test") == line
     monkeypatch.setattr(sys.modules["datasets"], "__version__", "3.6.0")
-    line = "hub:them/theirs needs datasets 4.0 or newer, not 3.6.0; install it: pip install 'rapm[data]'"
+    line = (
+        "hub:them/theirs needs datasets 4.0 or newer, not 3.6.0; install it: pip install "
+        "'rapm[data]'"
+    )
     assert told("hub:them/theirs") == line
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert told("hub:them/theirs") == "hub:them/theirs needs datasets to be read; install it: pip install 'rapm[data]'"
+    assert (
+        told("hub:them/theirs")
+        == "hub:them/theirs needs datasets to be read; install it: pip install 'rapm[data]'"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- the report
+# ---- the report
 
 
 @pytest.fixture(scope="module")
@@ -254,16 +331,28 @@ def test_tokens_are_counted_with_their_marks(tokenizer):
     """One token a word in the toy's vocabulary, and the two marks."""
     texts = [" ".join(["red"] * n) for n in (1, 8, 22, 23)]
     assert [len(ids) for ids in tokenizer(texts).input_ids] == [3, 10, 24, 25]
-    assert [count_longer(texts, [tokenizer], limit) for limit in (2, 3, 10, 24, 25)] == [4, 3, 2, 1, 0]
+    assert [count_longer(texts, [tokenizer], limit) for limit in (2, 3, 10, 24, 25)] == [
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
 
 
 def test_the_longest_of_several_tokenizers_counts(tokenizer):
     def doubled(texts, truncation):
-        return SimpleNamespace(input_ids=[ids * 2 for ids in tokenizer(texts, truncation=truncation).input_ids])
+        return SimpleNamespace(
+            input_ids=[ids * 2 for ids in tokenizer(texts, truncation=truncation).input_ids]
+        )
 
     texts = ["red", "red star", "red star on grass"]
     assert count_longer(texts, [tokenizer], 6) == 0
-    assert count_longer(texts, [tokenizer, doubled], 6) == count_longer(texts, [doubled, tokenizer], 6) == 2
+    assert (
+        count_longer(texts, [tokenizer, doubled], 6)
+        == count_longer(texts, [doubled, tokenizer], 6)
+        == 2
+    )
 
 
 def test_the_limit_is_77_or_the_tokenizers_own(tokenizer):
@@ -282,9 +371,17 @@ def test_the_limit_is_77_or_the_tokenizers_own(tokenizer):
             3,
             2000,
             12,
-            "1,000 prompts; 3 duplicates left out; 12 longer than 77 tokens, whose ends the teacher does not see",
+            "1,000 prompts; 3 duplicates left out; 12 longer than 77 tokens, whose ends the "
+            "teacher does not see",
         ),
-        (2, 1, 2, 1, "2 prompts; 1 duplicate left out; 1 longer than 77 tokens, whose end the teacher does not see"),
+        (
+            2,
+            1,
+            2,
+            1,
+            "2 prompts; 1 duplicate left out; 1 longer than 77 tokens, whose end the teacher does "
+            "not see",
+        ),
         (5000, 0, 1000, 0, "5,000 prompts, of which the first 1,000 are used"),
     ],
 )
@@ -296,18 +393,41 @@ def test_the_report(number, duplicates, used, longer, line):
 def test_a_runs_prompts_are_described(write, tmp_path):
     long = " ".join(["red"] * 23)
     name = write("a.txt", f"red star\n{long}\nred star\nblue ring\n{long} red\n")
-    run = Run(tmp_path / "run", Config.model_validate({"trajectories": {"prompts": name, "count": 3}}))
+    run = Run(
+        tmp_path / "run", Config.model_validate({"trajectories": {"prompts": name, "count": 3}})
+    )
     assert describe_prompts(run) == (
         "4 prompts, of which the first 3 are used; 1 duplicate left out; "
         "1 longer than 24 tokens, whose end the teacher does not see"
     )
-    assert describe_prompts(Run(tmp_path / "run", Config.model_validate({"trajectories": {"count": 5}}))) == "5 prompts"
+    assert (
+        describe_prompts(
+            Run(tmp_path / "run", Config.model_validate({"trajectories": {"count": 5}}))
+        )
+        == "5 prompts"
+    )
 
 
 def test_the_command_line_says_it_first(tiny_teacher, tiny_prompts, tmp_path, monkeypatch, capsys):
-    settings = ["device=cpu", "trajectories.count=2", "trajectories.slots=1", "trajectories.fine_steps=2"]
-    arguments = ["--teacher", str(tiny_teacher), "--prompts", str(tiny_prompts), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["rapm", "trajectories", *arguments, *(f"--set={setting}" for setting in settings)])
+    settings = [
+        "device=cpu",
+        "trajectories.count=2",
+        "trajectories.slots=1",
+        "trajectories.fine_steps=2",
+    ]
+    arguments = [
+        "--teacher",
+        str(tiny_teacher),
+        "--prompts",
+        str(tiny_prompts),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["rapm", "trajectories", *arguments, *(f"--set={setting}" for setting in settings)],
+    )
     with pytest.raises(SystemExit) as caught:
         main()
     assert not caught.value.code

@@ -23,12 +23,19 @@ from safetensors.torch import load_file
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.export import export_run, exported, kohya_state
-from rapm.finding import find_teacher
+from rapm.models.resolve import resolve_teacher
+from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.pipeline import (
+    distill_config,
+    evaluate_run,
+    make_trajectories,
+    open_run,
+    sample_run,
+    train_run,
+)
 from rapm.run import Run
 from rapm.sample import Studio, open_studio, sheet
-from rapm.stages import distill_config, evaluate_run, make_trajectories, open_run, sample_run, train_run
-from rapm.teacher import Teacher
 from rapm.trajectories import TrajectoryStore, picture_noise, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -36,7 +43,12 @@ PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
 
 def make_config(teacher: Path, folder: Path, **settings: object) -> Config:
     (folder / "prompts.txt").write_text("a red star on grass\n", encoding="utf-8")
-    trajectories = {"prompts": str(folder / "prompts.txt"), "count": 4, "fine_steps": 3, "guidance_scale": 2.0}
+    trajectories = {
+        "prompts": str(folder / "prompts.txt"),
+        "count": 4,
+        "fine_steps": 3,
+        "guidance_scale": 2.0,
+    }
     return Config.model_validate(
         {
             "teacher": str(teacher),
@@ -62,19 +74,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Ru
 
 
 @pytest.fixture(scope="module")
-def students(finished: Run, tmp_path_factory: pytest.TempPathFactory, small_teachers: dict[str, Path]) -> dict[str, Run]:
+def students(
+    finished: Run, tmp_path_factory: pytest.TempPathFactory, small_teachers: dict[str, Path]
+) -> dict[str, Run]:
     """One of each kind; sd21's teacher has a LoRA fused in."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in SMALL}
     lora = make_lora(small_teachers["sd21"], folders["sd21"] / "lora", "kohya")
     sd21 = distilled(small_teachers["sd21"], folders["sd21"], teacher_loras=[f"{lora}:0.7"])
-    return {"sd15": finished, "sd21": sd21, "sdxl": distilled(small_teachers["sdxl"], folders["sdxl"])}
+    return {
+        "sd15": finished,
+        "sd21": sd21,
+        "sdxl": distilled(small_teachers["sdxl"], folders["sdxl"]),
+    }
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
     students: dict[str, Run], small_teachers: dict[str, Path], kind: str
 ) -> None:
-    """Of a teacher with a LoRA fused in (sd21) too, where its card says that both are to be loaded."""
+    """Of a teacher with a LoRA fused in (sd21) too, where its card says that both are to be
+    loaded."""
     run = students[kind]
     studio = open_studio(run)
     own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
@@ -83,12 +102,16 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
         pipeline.load_lora_weights(str(lora.file))
         pipeline.fuse_lora(lora_scale=lora.strength)
         pipeline.unload_lora_weights()
-    assert ("- `k.safetensors` at strength 0.7\n" in (run.export / "README.md").read_text()) == (kind == "sd21")
+    assert ("- `k.safetensors` at strength 0.7\n" in (run.export / "README.md").read_text()) == (
+        kind == "sd21"
+    )
     pipeline.scheduler = DDIMScheduler.from_pretrained(run.export, subfolder="scheduler")
     z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
 
     def draw(output_type: str = "latent") -> torch.Tensor:
-        return pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=z, output_type=output_type).images
+        return pipeline(
+            PROMPTS, num_inference_steps=4, guidance_scale=1.0, latents=z, output_type=output_type
+        ).images
 
     before = draw()
     pipeline.load_lora_weights(str(run.export))
@@ -106,29 +129,43 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
         ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     ],
 )
-def test_the_lora_for_comfyui_is_the_same_student(students: dict[str, Run], kind: str, base: str, architecture: str) -> None:
-    """ComfyUI adds alpha / rank x up x down to the weight that a key names, and passes over keys that name none."""
+def test_the_lora_for_comfyui_is_the_same_student(
+    students: dict[str, Run], kind: str, base: str, architecture: str
+) -> None:
+    """ComfyUI adds alpha / rank x up x down to the weight that a key names, and passes over keys
+    that name none."""
     run = students[kind]
     file = exported(run).kohya
     assert file.name == "run-4-steps.safetensors"
     with safe_open(file, "pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         metadata = opened.metadata()
-    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == (base, f"{architecture}/lora")
+    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == (
+        base,
+        f"{architecture}/lora",
+    )
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "4"
     assert metadata["modelspec.resolution"] == "16x16"
-    assert metadata["modelspec.usage_hint"] in (run.export / "README.md").read_text(encoding="utf-8")
+    assert metadata["modelspec.usage_hint"] in (run.export / "README.md").read_text(
+        encoding="utf-8"
+    )
     studio = open_studio(run)
     network = studio.teacher.load_network(torch.float32, "cpu")
     for name, module in network.named_modules():
         key = f"lora_unet_{name.replace('.', '_')}"
         if f"{key}.alpha" in tensors:
             down, up = tensors.pop(f"{key}.lora_down.weight"), tensors.pop(f"{key}.lora_up.weight")
-            change = float(tensors.pop(f"{key}.alpha")) / len(down) * up.flatten(1) @ down.flatten(1)
+            change = (
+                float(tensors.pop(f"{key}.alpha")) / len(down) * up.flatten(1) @ down.flatten(1)
+            )
             module.weight.data += change.view_as(module.weight)
     assert not tensors, "keys that name no layer"
     patched = Backbone(network, studio.teacher.family.call, ())
-    z, t, (conditioning, _) = torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), studio.encode(PROMPTS)
+    z, t, (conditioning, _) = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([999, 249]),
+        studio.encode(PROMPTS),
+    )
     with torch.no_grad():
         with studio.backbone.role(STUDENT):
             wanted = studio.backbone(z, t, conditioning)
@@ -139,40 +176,61 @@ def test_the_lora_for_comfyui_is_the_same_student(students: dict[str, Run], kind
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("sd15", 278), ("sdxl", 788)])
-def test_comfyui_knows_every_layer_of_the_published_architectures(architecture: str, layers: int) -> None:
+def test_comfyui_knows_every_layer_of_the_published_architectures(
+    architecture: str, layers: int
+) -> None:
     """By the names in comfy/utils.py, ``unet_to_diffusers``."""
     attention = r"proj_(in|out)|transformer_blocks_\d_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
     in_block = rf"attentions_\d_({attention})|resnets_\d_(conv1|conv2|time_emb_proj|conv_shortcut)|(down|up)samplers_0_conv"
     known = re.compile(rf"lora_unet_((down|up)_blocks_\d|mid_block)_({in_block})")
-    teacher = find_teacher(f"random:{architecture}")
-    backbone = Backbone(teacher.draw("unet", torch.float32, "meta"), teacher.family.call, teacher.family.lora_targets)
+    teacher = resolve_teacher(f"random:{architecture}")
+    backbone = Backbone(
+        teacher.draw("unet", torch.float32, "meta"),
+        teacher.family.call,
+        teacher.family.lora_targets,
+    )
     backbone.add_role(STUDENT, 1, backbone.lora_targets, 0)
     names = {name.partition(".")[0] for name in kohya_state(backbone.lora_state(STUDENT), "unet")}
     assert len(names) == layers
     assert [name for name in names if not known.fullmatch(name)] == []
 
 
-def test_diffusers_takes_the_file_for_comfyui_too(finished: Run, small_teachers: dict[str, Path]) -> None:
+def test_diffusers_takes_the_file_for_comfyui_too(
+    finished: Run, small_teachers: dict[str, Path]
+) -> None:
     pipeline = DiffusionPipeline.from_pretrained(small_teachers["sd15"], safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_pretrained(finished.export, subfolder="scheduler")
     drawn = []
     for file in (exported(finished).diffusers, exported(finished).kohya):
         pipeline.load_lora_weights(str(file))
-        given = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0)}
+        given = {
+            "num_inference_steps": 4,
+            "guidance_scale": 1.0,
+            "generator": torch.Generator().manual_seed(0),
+        }
         drawn.append(pipeline(PROMPTS[0], output_type="latent", **given).images)
         pipeline.unload_lora_weights()
     torch.testing.assert_close(*drawn)
 
 
 def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Path) -> None:
-    """Prompts and sizes both come in turn, and a prompt sees every size; pictures are of the first."""
+    """Prompts and sizes both come in turn, and a prompt sees every size; pictures are of the
+    first."""
     run = distilled(small_teachers["sdxl"], tmp_path, size="16x24,32x16")
     store = TrajectoryStore.open(run.trajectories)
     shapes = [(1, 4, 12, 8), (1, 4, 8, 16)]  # the noise
     assert [tuple(store[k].coarse.shape) for k in range(4)] == shapes * 2
-    assert [store[k].conditioning["time_ids"].tolist() for k in range(2)] == [[24, 16, 0, 0, 24, 16], [16, 32, 0, 0, 16, 32]]
+    assert [store[k].conditioning["time_ids"].tolist() for k in range(2)] == [
+        [24, 16, 0, 0, 24, 16],
+        [16, 32, 0, 0, 16, 32],
+    ]
     assert [size_index(k, prompts=2, sizes=2) for k in range(8)] == [0, 1, 1, 0, 0, 1, 1, 0]
-    for prompts, sizes in ((1, 3), (2, 3), (3, 4), (9, 4)):  # where the rehearsal looks for the largest
+    for prompts, sizes in (
+        (1, 3),
+        (2, 3),
+        (3, 4),
+        (9, 4),
+    ):  # where the rehearsal looks for the largest
         assert {size_index(k, prompts, sizes) for k in range(sizes**2)} == {*range(sizes)}
     assert open_studio(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
 
@@ -199,8 +257,14 @@ def test_fewer_bits_from_end_to_end(
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     training = {"positions": "stored", "iterations": 8, "gradient_checkpointing": False}
     whole, fewer = (
-        Run.open(tmp_path / name, make_config(small_teachers["sdxl"], tmp_path, training=training, **settings))
-        for name, settings in (("whole", {}), ("fewer", {"precision": precision, "base_precision": base}))
+        Run.open(
+            tmp_path / name,
+            make_config(small_teachers["sdxl"], tmp_path, training=training, **settings),
+        )
+        for name, settings in (
+            ("whole", {}),
+            ("fewer", {"precision": precision, "base_precision": base}),
+        )
     )
     a, b = (make_trajectories(run)[3].coarse for run in (whole, fewer))
     assert b.dtype == torch.float32
@@ -209,7 +273,9 @@ def test_fewer_bits_from_end_to_end(
     studio = open_studio(fewer)
     assert studio.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
     assert studio._pictures.vae.dtype == vae
-    assert "cannot run with" not in caplog.text  # diffusers' word on float16, of a pipeline that leaves the GPU
+    assert (
+        "cannot run with" not in caplog.text
+    )  # diffusers' word on float16, of a pipeline that leaves the GPU
 
 
 def test_teacher_and_prompts_may_move_once_there_are_trajectories(
@@ -222,7 +288,9 @@ def test_teacher_and_prompts_may_move_once_there_are_trajectories(
     run = open_run(config, tmp_path / "run")
     export_run(run)
     there, here = (load_file(exported(each).diffusers) for each in (finished, run))
-    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    assert there.keys() == here.keys() and all(
+        torch.equal(there[name], here[name]) for name in there
+    )
     with pytest.raises(UserError, match="made with another teacher"):
         open_run(other, run.folder)
     with pytest.raises(UserError, match="made with another teacher"):
@@ -232,8 +300,11 @@ def test_teacher_and_prompts_may_move_once_there_are_trajectories(
         open_run(config, run.folder)
 
 
-def test_one_network_at_a_time(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that holds one network holds no second one; chance collections, which would hide one that is left, are off."""
+def test_one_network_at_a_time(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that holds one network holds no second one; chance collections, which would hide one
+    that is left, are off."""
     load, networks, left = Teacher.load, [], []
 
     def watched(self: Teacher, parts: Sequence[str], *rest: Any) -> Any:
@@ -258,7 +329,9 @@ def test_one_network_at_a_time(tiny_teacher: Path, tmp_path: Path, monkeypatch: 
     assert left == [0, 0, 0, 0]  # for trajectories, training, export, pictures
 
 
-def test_too_little_memory_for_pictures_is_one_line(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_pictures_is_one_line(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -266,8 +339,10 @@ def test_too_little_memory_for_pictures_is_one_line(finished: Run, monkeypatch: 
     with pytest.raises(UserError) as error:
         sample_run(finished)
     assert str(error.value) == (
-        "memory does not suffice for pictures; what is finished is kept. In order of effect: trajectories.batch_size=1 "
-        "(the run goes on); precision=bfloat16, a smaller trajectories.size (another --out); each by --set of 'rapm distill'"
+        "memory does not suffice for pictures; what is finished is kept. In order of effect: "
+        "trajectories.batch_size=1 "
+        "(the run goes on); precision=bfloat16, a smaller trajectories.size (another --out); each "
+        "by --set of 'rapm distill'"
     )
 
 
@@ -300,7 +375,9 @@ def test_few_step_teacher_equals_the_pipeline(finished: Run, tiny_teacher: Path)
     own = studio.latents(TEACHER, PROMPTS, [3, 4], num_steps=5)
     pipeline = DiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
     z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
-    expected = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=2.0, latents=z, output_type="latent").images
+    expected = pipeline(
+        PROMPTS, num_inference_steps=5, guidance_scale=2.0, latents=z, output_type="latent"
+    ).images
     assert (own - expected).abs().max() < 1e-4
 
 
@@ -351,7 +428,8 @@ def test_only_the_toy_world_is_scored(finished: Run) -> None:
 
 
 def test_another_teacher_is_not_drawn_with(small_teachers: dict[str, Path], tmp_path: Path) -> None:
-    """The student is of one network; weights that changed since are told before anything is drawn or exported."""
+    """The student is of one network; weights that changed since are told before anything is drawn
+    or exported."""
     folder = tmp_path / "teacher"
     shutil.copytree(small_teachers["sd15"], folder)
     run = Run.open(tmp_path / "run", make_config(folder, tmp_path))
@@ -363,11 +441,15 @@ def test_another_teacher_is_not_drawn_with(small_teachers: dict[str, Path], tmp_
             act(run)
 
 
-def test_a_refused_command_leaves_the_run_as_it_was(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_refused_command_leaves_the_run_as_it_was(
+    small_teachers: dict[str, Path], tmp_path: Path
+) -> None:
     config = make_config(small_teachers["sd15"], tmp_path)
     run = open_run(config, tmp_path / "run")
     make_trajectories(run)
-    other = config.model_copy(update={"trajectories": config.trajectories.model_copy(update={"count": 5})})
+    other = config.model_copy(
+        update={"trajectories": config.trajectories.model_copy(update={"count": 5})}
+    )
     for manifest in (True, False):  # finished, and stopped half-way
         if not manifest:
             (run.trajectories / "manifest.json").unlink()
@@ -383,7 +465,9 @@ def test_the_card_names_a_local_teacher_without_its_place(finished: Run) -> None
     assert "base_model:" not in card
 
 
-def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(finished: Run, tmp_path: Path) -> None:
+def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(
+    finished: Run, tmp_path: Path
+) -> None:
     file = Path(finished.config.trajectories.prompts)
     text = file.read_text(encoding="utf-8")
     file.unlink()

@@ -12,7 +12,12 @@ from rapm.config import load
 from rapm.errors import UserError
 from rapm.run import Run
 
-BASE = ["training.keep_checkpoints=2", "training.iterations=500", "student.rank=16", "training.warmup=20"]
+BASE = [
+    "training.keep_checkpoints=2",
+    "training.iterations=500",
+    "student.rank=16",
+    "training.warmup=20",
+]
 KEEP_TWO = load(settings=BASE)
 
 
@@ -36,7 +41,7 @@ def refused(call, *arguments):
     return str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------- the folder
+# ---- the folder
 
 
 def test_open_creates_the_folder_with_its_settings(tmp_path):
@@ -61,7 +66,8 @@ def test_other_settings_are_refused_with_both_values(run):
     run.save_checkpoint(1, weights(1))
     other = load(settings=[*BASE, "training.iterations=10", "student.rank=2"])
     assert refused(Run.open, run.folder, other) == (
-        f"{run.folder} holds a run with other settings (student.rank: 16 -> 2; training.iterations: 500 -> 10); "
+        f"{run.folder} holds a run with other settings (student.rank: 16 -> 2; "
+        f"training.iterations: 500 -> 10); "
         "give the same settings to go on with it, or another --out"
     )
     assert Run.existing(run.folder).config == KEEP_TWO
@@ -86,7 +92,8 @@ def test_until_there_is_a_checkpoint_settings_may_change(run):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux says what is mapped")
 def test_what_was_loaded_does_not_hold_the_file(run):
-    """Windows deletes no file that is mapped, and the checkpoint that a run went on from is deleted while it goes on."""
+    """Windows deletes no file that is mapped, and the checkpoint that a run went on from is deleted
+    while it goes on."""
     run.save_checkpoint(1, weights(1))
     _, state = run.load_checkpoint()
     assert str(run.checkpoints) not in Path("/proc/self/maps").read_text()
@@ -115,7 +122,9 @@ def test_settings_edited_behind_a_checkpoints_back_are_refused(run):
 
 def test_one_process_at_a_time(run):
     with run.locked():
-        expected = f"another process is working on {run.folder}; wait for it or choose another --out"
+        expected = (
+            f"another process is working on {run.folder}; wait for it or choose another --out"
+        )
         assert refused(Run(run.folder, run.config).locked().__enter__) == expected
         assert refused(Run.open, run.folder, load(settings=[*BASE, "student.rank=3"])) == expected
         assert Run.existing(run.folder).config == run.config
@@ -151,10 +160,12 @@ def test_existing_needs_a_run(tmp_path):
 
 def test_damaged_settings_are_told(run):
     (run.folder / "config.toml").write_text("teacher = ")
-    assert refused(Run.existing, run.folder).startswith(f"{run.folder / 'config.toml'} is not a TOML file: ")
+    assert refused(Run.existing, run.folder).startswith(
+        f"{run.folder / 'config.toml'} is not a TOML file: "
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints
 
 
 def test_no_checkpoint_yet(run):
@@ -171,7 +182,9 @@ def test_the_newest_checkpoint_wins_and_the_oldest_goes(run):
     torch.testing.assert_close(tensors, weights(100), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("left", [0, 5, 60, -1], ids=["empty", "no header", "half a header", "last byte gone"])
+@pytest.mark.parametrize(
+    "left", [0, 5, 60, -1], ids=["empty", "no header", "half a header", "last byte gone"]
+)
 def test_a_truncated_checkpoint_is_told_and_the_one_before_serves(run, left):
     run.save_checkpoint(10, weights(10))
     run.save_checkpoint(20, weights(20))
@@ -206,7 +219,7 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(run, monkeypatch):
     assert run.checkpoint_steps() == [20, 30]
 
 
-# -------------------------------------------------------------------------------------------------------------------- metrics
+# ---- metrics
 
 RECORDS = [{"iteration": i, "loss": 0.1 * i, "who": "student"} for i in range(4)]
 

@@ -1,4 +1,5 @@
-"""Timesteps and steps against diffusers' own scheduler, and the order of convergence against closed-form teachers."""
+"""Timesteps and steps against diffusers' own scheduler, and the order of convergence against
+closed-form teachers."""
 
 from itertools import pairwise
 
@@ -40,10 +41,12 @@ def predict(schedule, z, t):
     eps = Gaussian(schedule)(z, t, MEAN)
     a, s = schedule.alpha(t, z), schedule.sigma(t, z)
     x0 = (z - s * eps) / a
-    return {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[schedule.prediction_type]
+    return {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[
+        schedule.prediction_type
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ timesteps
+# ---- timesteps
 
 
 @pytest.mark.parametrize("num_steps", DIVISORS)
@@ -110,7 +113,7 @@ def test_the_largest_grid_visits_every_timestep():
     assert Grid(slots=4, fine_steps=250).fine == list(range(999, -2, -1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- steps
+# ---- steps
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
@@ -135,7 +138,9 @@ def test_timesteps_of_a_batch_are_those_of_its_rows(prediction_type):
     t, s = [999, 499, 249], [749, 489, END]
     together = schedule.step(z, prediction, torch.tensor(t), torch.tensor(s))
     for i in range(3):
-        assert torch.equal(together[i : i + 1], schedule.step(z[i : i + 1], prediction[i : i + 1], t[i], s[i]))
+        assert torch.equal(
+            together[i : i + 1], schedule.step(z[i : i + 1], prediction[i : i + 1], t[i], s[i])
+        )
 
 
 def test_half_precision_is_stepped_in_float32():
@@ -155,7 +160,9 @@ def test_the_end_is_the_schedulers_choice(set_alpha_to_one):
     assert schedule.alpha(0, z).item() ** 2 == pytest.approx(1 - 0.00085, abs=1e-7)
     x0, eps = schedule.x0_and_eps(z, torch.ones_like(z), 9)
     expected = x0 if set_alpha_to_one else 0.99915**0.5 * x0 + 0.00085**0.5 * eps
-    assert schedule.step(z, torch.ones_like(z), 9, END).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert schedule.step(z, torch.ones_like(z), 9, END).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -171,19 +178,22 @@ def test_a_position_splits_into_what_it_was_made_of(prediction_type, t):
     torch.testing.assert_close(split_eps, eps, atol=1e-5, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------------------------- renoising
+# ---- renoising
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
 @pytest.mark.parametrize(("t", "s"), [(END, 0), (END, 249), (249, 250), (249, 499), (749, 999)])
 def test_renoising_follows_the_forward_process(t, s, set_alpha_to_one):
-    """renoise is linear in position and noise; z_t = alpha_t x0 + sigma_t eps must become alpha_s x0 + sigma_s eps'."""
+    """renoise is linear in position and noise; z_t = alpha_t x0 + sigma_t eps must become alpha_s
+    x0 + sigma_s eps'."""
     schedule = schedule_of(scheduler(set_alpha_to_one=set_alpha_to_one))
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     kept, added = schedule.renoise(one, t, s, zero).item(), schedule.renoise(zero, t, s, one).item()
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t + 1].item(), schedule.alpha_bar[s + 1].item()
     assert kept * alpha_bar_t**0.5 == pytest.approx(alpha_bar_s**0.5, rel=1e-6)  # mean
-    assert kept**2 * (1 - alpha_bar_t) + added**2 == pytest.approx(1 - alpha_bar_s, abs=1e-6)  # variance
+    assert kept**2 * (1 - alpha_bar_t) + added**2 == pytest.approx(
+        1 - alpha_bar_s, abs=1e-6
+    )  # variance
 
 
 @pytest.mark.parametrize("t", [END, 0, 249, 999])
@@ -201,7 +211,7 @@ def test_renoising_takes_each_row_to_its_own_timestep():
     assert torch.equal(together[1:], schedule.renoise(z[1:], 499, 700, eps[1:]))
 
 
-# ------------------------------------------------------------------------------------------------------------------ convergence
+# ---- convergence
 
 
 @pytest.mark.parametrize("teacher_type", [Gaussian, Mixture])

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from rapm import config as configuration
 from rapm.errors import UserError
-from rapm.evaluate import toy_protocol as protocol
+from rapm.evaluate import toy as toy_protocol as protocol
 from rapm.evaluate.metrics import frechet_distance
 from rapm.network import STUDENT
 from rapm.network import TEACHER as TEACHER_ROLE
@@ -27,17 +27,35 @@ from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE, TEACHER
 from rapm.toy.build import blur, to_tensor
 from rapm.toy.fit import Stage, fit
 from rapm.toy.oracle import FEATURES, Oracle
-from rapm.toy.scenes import COLOURS, GROUNDS, KINDS, SHAPES, captions, draw_scene, parse_caption, render_many, scene, split_of
+from rapm.toy.scenes import (
+    COLOURS,
+    GROUNDS,
+    KINDS,
+    SHAPES,
+    captions,
+    draw_scene,
+    parse_caption,
+    render_many,
+    scene,
+    split_of,
+)
 
-# ------------------------------------------------------------------------------------------------------------------- scenes
+# ---- scenes
 
 
 def test_scene_k_of_a_seed_is_always_the_same() -> None:
     assert scene(3, 17, "train") == scene(3, 17, "train")
     assert scene(3, 17, "train") != scene(3, 18, "train") != scene(4, 18, "train")
     assert scene(3, 17, "train").caption == "on grass, one yellow triangle and a cross in green"
-    # Shapes are drawn in float32, whose last digit may differ between machines: compare what survives rounding.
-    coarse = render_many([scene(3, 17, "train")])[0].reshape(8, 8, 8, 8, 3).mean((1, 3)).round(-1).astype(int)
+    # Shapes are drawn in float32, whose last digit may differ between machines: compare what
+    # survives rounding.
+    coarse = (
+        render_many([scene(3, 17, "train")])[0]
+        .reshape(8, 8, 8, 8, 3)
+        .mean((1, 3))
+        .round(-1)
+        .astype(int)
+    )
     assert hashlib.sha256(str(coarse.tolist()).encode()).hexdigest()[:16] == "213ac8cc615699b3"
 
 
@@ -45,7 +63,10 @@ def test_captions_say_what_is_there_and_leave_the_rest_open() -> None:
     rng = np.random.default_rng(0)
     for _ in range(500):
         drawn = draw_scene(rng)
-        assert parse_caption(drawn.caption) == (drawn.ground, sorted(thing.kind for thing in drawn.things))
+        assert parse_caption(drawn.caption) == (
+            drawn.ground,
+            sorted(thing.kind for thing in drawn.things),
+        )
         assert len({thing.kind for thing in drawn.things}) == len(drawn.things)
     assert (len(SHAPES), len(COLOURS), len(GROUNDS), len(KINDS)) == (6, 8, 4, 48)
 
@@ -77,7 +98,7 @@ def test_other_texts_are_no_captions(text: str) -> None:
         parse_caption(text)
 
 
-# ------------------------------------------------------------------------------------------------------------------- oracle
+# ---- oracle
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +108,36 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def renders() -> tuple[torch.Tensor, list[str]]:
-    """600 fresh scenes of captions no network was trained on, through the teacher's VAE as its pictures are."""
+    """600 fresh scenes of captions no network was trained on, through the teacher's VAE as its
+    pictures are."""
     drawn = [scene(99, index, "test") for index in range(600)]
     return to_tensor(render_many(drawn)), [d.caption for d in drawn]
 
 
-def test_oracle_reads_fresh_renders(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
+def test_oracle_reads_fresh_renders(
+    oracle: Oracle, renders: tuple[torch.Tensor, list[str]]
+) -> None:
     assert oracle.is_right(*renders).float().mean() >= 0.97
 
 
-def test_oracle_refuses_what_the_caption_does_not_say(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
+def test_oracle_refuses_what_the_caption_does_not_say(
+    oracle: Oracle, renders: tuple[torch.Tensor, list[str]]
+) -> None:
     images, texts = renders
     assert oracle.is_right(images, [*texts[1:], texts[0]]).float().mean() <= 0.03
 
 
-def test_fid_rises_with_what_few_step_sampling_does_wrong(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:
-    """Damage to one half of the teacher's kind of pictures, against the other half; in units of the distance undamaged."""
+def test_fid_rises_with_what_few_step_sampling_does_wrong(
+    oracle: Oracle, renders: tuple[torch.Tensor, list[str]]
+) -> None:
+    """Damage to one half of the teacher's kind of pictures, against the other half; in units of the
+    distance undamaged."""
     vae = AutoencoderKL.from_pretrained(TEACHER / "vae", dtype=torch.float32)
     with torch.no_grad():
-        parts = [vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in renders[0].split(50)]
+        parts = [
+            vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+            for x in renders[0].split(50)
+        ]
     half, other = torch.cat(parts).chunk(2)
     reference = oracle.features(half)
 
@@ -113,7 +145,9 @@ def test_fid_rises_with_what_few_step_sampling_does_wrong(oracle: Oracle, render
         return frechet_distance(oracle.features(images), reference)
 
     floor, mean = fid(other), other.mean((1, 2, 3), keepdim=True)
-    blurred = [fid(blur(other, torch.full((len(other),), sigma))) / floor for sigma in (0.3, 0.6, 1.0)]
+    blurred = [
+        fid(blur(other, torch.full((len(other),), sigma))) / floor for sigma in (0.3, 0.6, 1.0)
+    ]
     assert blurred[0] > 1.1
     assert blurred[1] > 1.5 * blurred[0]
     assert blurred[2] > 1.5 * blurred[1]
@@ -129,13 +163,19 @@ def test_features_are_standardised(oracle: Oracle, renders: tuple[torch.Tensor, 
     assert (features.std(0) - 1).abs().max() < 0.35
 
 
-# ------------------------------------------------------------------------------------------------------------------ teacher
+# ---- teacher
 
 
 def test_teacher_is_a_plain_diffusers_pipeline_of_the_size_it_claims() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)
     kinds = (CLIPTokenizer, CLIPTextModel, AutoencoderKL, UNet2DConditionModel, DDIMScheduler)
-    parts = (pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.scheduler)
+    parts = (
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        pipeline.vae,
+        pipeline.unet,
+        pipeline.scheduler,
+    )
     assert all(isinstance(part, kind) for part, kind in zip(parts, kinds, strict=True))
     assert 3e6 <= pipeline.unet.num_parameters() <= 6e6
     assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) <= 15e6
@@ -152,27 +192,39 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 
 def test_the_teachers_figures_clear_their_bars() -> None:
-    """The shipped reference: accuracy over 1,000 held-out captions, and how much worse few steps are."""
+    """The shipped reference: accuracy over 1,000 held-out captions, and how much worse few steps
+    are."""
     reference = protocol.load_reference("test")
     teacher = reference[100]
     assert len(teacher.first) == len(teacher.second) == 1000
     floor = frechet_distance(teacher.first, teacher.second)
     figures = json.loads((ASSETS / "figures-test.json").read_text())
-    assert figures["guidance_scale"] == GUIDANCE_SCALE == configuration.load(teacher="toy").trajectories.guidance_scale
+    assert (
+        figures["guidance_scale"]
+        == GUIDANCE_SCALE
+        == configuration.load(teacher="toy").trajectories.guidance_scale
+    )
     assert figures["fid_floor"] == pytest.approx(floor, rel=1e-3)
     assert figures["caption_accuracy"] == pytest.approx(float(teacher.right.mean()), abs=1e-4)
     assert figures["caption_accuracy"] >= 0.8
-    assert figures["few_steps"]["4"]["fid"] == pytest.approx(frechet_distance(reference[4].first, teacher.second), rel=1e-3)
+    assert figures["few_steps"]["4"]["fid"] == pytest.approx(
+        frechet_distance(reference[4].first, teacher.second), rel=1e-3
+    )
     assert figures["few_steps"]["4"]["fid"] >= 5 * floor
     assert figures["few_steps"]["2"]["fid"] >= 20 * floor
 
 
-# ----------------------------------------------------------------------------------------------------------------- protocol
+# ---- protocol
 
 
 def test_missed_bars_are_named() -> None:
     def row(
-        model: str, steps: int, fid: float, accuracy: float, diversity: float = 1.0, sharpness: float = 1.0
+        model: str,
+        steps: int,
+        fid: float,
+        accuracy: float,
+        diversity: float = 1.0,
+        sharpness: float = 1.0,
     ) -> protocol.Row:
         return protocol.Row(model, steps, 1.0, fid, accuracy, diversity, sharpness, 0.1, 1000)
 
@@ -187,9 +239,19 @@ def test_missed_bars_are_named() -> None:
     ]
 
 
-def test_a_run_is_scored_against_the_shipped_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole protocol at small numbers: a student that is the teacher without guidance, then references that are not its."""
-    for name, value in {"ASSETS": tmp_path, "CAPTIONS": 50, "PAIRS": 50, "TIMED": 4, "MANY_STEPS": 3, "FEW_STEPS": 1}.items():
+def test_a_run_is_scored_against_the_shipped_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole protocol at small numbers: a student that is the teacher without guidance, then
+    references that are not its."""
+    for name, value in {
+        "ASSETS": tmp_path,
+        "CAPTIONS": 50,
+        "PAIRS": 50,
+        "TIMED": 4,
+        "MANY_STEPS": 3,
+        "FEW_STEPS": 1,
+    }.items():
         monkeypatch.setattr(protocol, name, value)
     studio = open_studio(Run(tmp_path, configuration.load(teacher="toy")), student=False)
     studio.backbone.add_role(STUDENT, 1, ("to_q",), 0)
@@ -202,13 +264,21 @@ def test_a_run_is_scored_against_the_shipped_reference(tmp_path: Path, monkeypat
     full, short, student = protocol.score(studio, "test", 2)
     alone = protocol.measure(studio, oracle, STUDENT, 2, "test")
     shipped = protocol.load_reference("test")[3]
-    assert [(row.steps, row.guidance_scale) for row in (full, short, student)] == [(3, 7.5), (1, 7.5), (2, 1.0)]
+    assert [(row.steps, row.guidance_scale) for row in (full, short, student)] == [
+        (3, 7.5),
+        (1, 7.5),
+        (2, 1.0),
+    ]
     assert full.diversity == full.sharpness == 1
     for row, measured in ((full, many), (short, few), (student, alone)):
         # float16 features are near enough for everything that is compared
-        assert row.fid_to_teacher == pytest.approx(frechet_distance(measured.first, shipped.second), rel=0.02)
+        assert row.fid_to_teacher == pytest.approx(
+            frechet_distance(measured.first, shipped.second), rel=0.02
+        )
         assert row.caption_accuracy == pytest.approx(float(measured.right.mean()))
-        assert row.sharpness == pytest.approx(float(measured.sharp.mean() / shipped.sharp.mean()), rel=0.01)
+        assert row.sharpness == pytest.approx(
+            float(measured.sharp.mean() / shipped.sharp.mean()), rel=0.01
+        )
 
     protocol.save_reference("test", replace(many, first=many.first + 0.2), few)
     with pytest.raises(UserError, match="another teacher or oracle"):
@@ -218,7 +288,7 @@ def test_a_run_is_scored_against_the_shipped_reference(tmp_path: Path, monkeypat
         protocol.score(studio, "test", 2)
 
 
-# ------------------------------------------------------------------------------------------------------------------- trainer
+# ---- trainer
 
 
 def test_a_build_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -237,7 +307,15 @@ def test_a_build_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
         for _ in range(len(stops) + 1):
             with suppress(KeyboardInterrupt):
-                fit("line", Stage(20, 4, 0.1), 1, model, loss_of, tmp_path / f"{name}.safetensors", save_seconds=0)
+                fit(
+                    "line",
+                    Stage(20, 4, 0.1),
+                    1,
+                    model,
+                    loss_of,
+                    tmp_path / f"{name}.safetensors",
+                    save_seconds=0,
+                )
         assert calls == 20 + len(stops)
         return model.weight.detach().clone()
 

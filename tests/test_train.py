@@ -21,17 +21,20 @@ import rapm.train as training
 from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
-from rapm.finding import teacher_of
+from rapm.models.resolve import teacher_of
+from rapm.models.teacher import load_backbone
+from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
-from rapm.stages import make_trajectories, train_run
-from rapm.teacher import load_backbone
 from rapm.train import _stop_on_interrupt, draw_batch, make_players, rate_factor, rehearse
 from rapm.turns import critics_alone, critics_play
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+        update={
+            name: getattr(config, name).model_copy(update=values)
+            for name, values in sections.items()
+        }
     )
 
 
@@ -43,13 +46,22 @@ def trained(config: Config, folder: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "ahead"), [("sd15", "stored", 1), ("sd21", "stored", 1), ("sdxl", "followed", 2), ("sd15", "relayed", 1)]
+    ("kind", "source", "ahead"),
+    [("sd15", "stored", 1), ("sd21", "stored", 1), ("sdxl", "followed", 2), ("sd15", "relayed", 1)],
 )
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
-    tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str, ahead: int
+    tiny_config: Config,
+    small_teachers: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    source: str,
+    ahead: int,
 ) -> None:
     relative = 0.0 if source == "relayed" else 1.0
-    config = changed(tiny_config, training={"positions": source, "walk_ahead": ahead, "relative_weight": relative})
+    config = changed(
+        tiny_config,
+        training={"positions": source, "walk_ahead": ahead, "relative_weight": relative},
+    )
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     whole = trained(config, tmp_path / "whole")
     assert whole.checkpoint_steps() == [4, 8, 10]
@@ -64,25 +76,36 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
         for later in (8, 10):
             name = f"step-{later:08d}.safetensors"
             assert filecmp.cmp(run.checkpoints / name, whole.checkpoints / name, shallow=False)
-        strip = [{k: v for k, v in record.items() if k != "seconds"} for record in run.read_metrics()]
-        assert strip == [{k: v for k, v in record.items() if k != "seconds"} for record in whole.read_metrics()]
+        strip = [
+            {k: v for k, v in record.items() if k != "seconds"} for record in run.read_metrics()
+        ]
+        assert strip == [
+            {k: v for k, v in record.items() if k != "seconds"} for record in whole.read_metrics()
+        ]
 
 
 def test_it_saves_in_time_however_slow_iterations_are(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "LONGEST_UNSAVED", 0)
-    config = changed(tiny_config, training={"iterations": 3, "checkpoint_every": 1000, "keep_checkpoints": 9})
+    config = changed(
+        tiny_config, training={"iterations": 3, "checkpoint_every": 1000, "keep_checkpoints": 9}
+    )
     assert trained(config, tmp_path / "run").checkpoint_steps() == [1, 2, 3]
 
 
-def test_no_checkpoint_among_iterations_that_walk_side_by_side(tiny_config: Config, tmp_path: Path) -> None:
-    """Due after 4 and 8 of 10 iterations, between blocks of 3, and after the last; and a stop waits for its block."""
+def test_no_checkpoint_among_iterations_that_walk_side_by_side(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    """Due after 4 and 8 of 10 iterations, between blocks of 3, and after the last; and a stop waits
+    for its block."""
     config = changed(tiny_config, training={"walk_ahead": 3, "keep_checkpoints": 9})
     assert trained(config, tmp_path / "run").checkpoint_steps() == [6, 9, 10]
     asked = iter([False] * 3 + [True] * 7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(asked)))
+        patch.setattr(
+            training, "_stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(asked))
+        )
         run = Run.open(tmp_path / "stopped", config)
         make_trajectories(run)
         assert not train_run(run)
@@ -95,19 +118,27 @@ def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:
     for record in records:
         kind = "critic" if record["iteration"] % 2 == 0 else "adversarial"
         assert {f"relative_{kind}", f"absolute_{kind}"} <= record.keys()
-    assert records[0]["relative_critic"] == pytest.approx(math.log(2), abs=0.15)  # a fresh critic stands near chance
+    assert records[0]["relative_critic"] == pytest.approx(
+        math.log(2), abs=0.15
+    )  # a fresh critic stands near chance
 
 
-def test_no_adversary_is_a_weight_and_every_turn_is_the_students(tiny_config: Config, tmp_path: Path) -> None:
+def test_no_adversary_is_a_weight_and_every_turn_is_the_students(
+    tiny_config: Config, tmp_path: Path
+) -> None:
     config = changed(tiny_config, critics={"adversarial_weight": 0.0})
     run = trained(config, tmp_path / "run")
-    assert all("gradient" in record and "relative_critic" not in record for record in run.read_metrics())
+    assert all(
+        "gradient" in record and "relative_critic" not in record for record in run.read_metrics()
+    )
     _, state = run.load_checkpoint()
     assert not any("critic" in name for name in state)
 
 
 @pytest.mark.parametrize(("kept", "gone"), [("relative", "absolute"), ("absolute", "relative")])
-def test_one_loss_alone_is_a_weight(tiny_config: Config, tmp_path: Path, kept: str, gone: str) -> None:
+def test_one_loss_alone_is_a_weight(
+    tiny_config: Config, tmp_path: Path, kept: str, gone: str
+) -> None:
     run = trained(changed(tiny_config, training={f"{gone}_weight": 0.0}), tmp_path / "run")
     names = {name for record in run.read_metrics() for name in record}
     assert f"{kept}_distance" in names
@@ -122,7 +153,8 @@ def test_another_seed_is_another_run(tiny_config: Config, tmp_path: Path) -> Non
 
 
 def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
-    """One trajectory, distances alone: the student comes closer to the teacher's positions than the teacher's own big steps."""
+    """One trajectory, distances alone: the student comes closer to the teacher's positions than the
+    teacher's own big steps."""
     config = changed(
         tiny_config,
         trajectories={"count": 1},
@@ -130,29 +162,40 @@ def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
         training={"iterations": 60, "checkpoint_every": 60},
         student={"learning_rate": 3e-3, "rank": 8},
     )
-    distances = [record["absolute_distance"] for record in trained(config, tmp_path / "run").read_metrics()]
+    distances = [
+        record["absolute_distance"] for record in trained(config, tmp_path / "run").read_metrics()
+    ]
     assert distances[-1] < 0.5 * distances[0]
 
 
-def test_too_little_memory_is_one_line_and_loses_nothing(tiny_config: Config, tmp_path: Path) -> None:
+def test_too_little_memory_is_one_line_and_loses_nothing(
+    tiny_config: Config, tmp_path: Path
+) -> None:
     """A rank that no machine has room for."""
     run = trained(tiny_config, tmp_path / "run")
     for file in run.checkpoints.iterdir():
         file.unlink()
-    config = changed(tiny_config, student={"rank": 10**12}, training={"slot_batch": 3, "walk_ahead": 2})
+    config = changed(
+        tiny_config, student={"rank": 10**12}, training={"slot_batch": 3, "walk_ahead": 2}
+    )
     huge = Run.open(run.folder, config)
     with pytest.raises(UserError) as error:
         train_run(huge)
     assert str(error.value) == (
         "memory does not suffice for training; what is finished is kept. In order of effect: "
-        "training.gradient_checkpointing=true, training.slot_batch=1 (the run goes on); precision=bfloat16, "
-        "training.walk_ahead=1, base_precision=int8, base_precision=nf4, training.optimizer=adamw8bit, "
-        "student.rank=500000000000, a smaller trajectories.size (another --out); each by --set of 'rapm distill'"
+        "training.gradient_checkpointing=true, training.slot_batch=1 (the run goes on); "
+        "precision=bfloat16, "
+        "training.walk_ahead=1, base_precision=int8, base_precision=nf4, "
+        "training.optimizer=adamw8bit, "
+        "student.rank=500000000000, a smaller trajectories.size (another --out); each by --set of "
+        "'rapm distill'"
     )
     assert train_run(Run.open(run.folder, tiny_config))
 
 
-def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Config, tmp_path: Path) -> None:
+def test_rehearsal_meets_what_comes_later_and_changes_nothing(
+    tiny_config: Config, tmp_path: Path
+) -> None:
     """Critics come in at iteration 8 of 10; what they would need is asked for at iteration 0."""
     config = changed(tiny_config, critics={"start": 0.8, "head_start": 0.0})
     run = Run.open(tmp_path / "run", config)
@@ -160,29 +203,48 @@ def test_rehearsal_meets_what_comes_later_and_changes_nothing(tiny_config: Confi
     players = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule)
     before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
     asked: list[str | None] = []
-    hook = players.backbone.network.register_forward_pre_hook(lambda *_: asked.append(players.backbone.playing))
+    hook = players.backbone.network.register_forward_pre_hook(
+        lambda *_: asked.append(players.backbone.playing)
+    )
     rehearse(players, store)
     hook.remove()
     assert {"student", "relative_critic", "absolute_critic"} == set(asked)
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in players.backbone.network.named_parameters())
-    assert all(not learner.optimizer.state for learner in (players.student, *players.critics.values()))
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None
+        for name, p in players.backbone.network.named_parameters()
+    )
+    assert all(
+        not learner.optimizer.state for learner in (players.student, *players.critics.values())
+    )
 
 
 def test_compiled_blocks_are_what_trains_and_wrong_ones_never_do(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By compilers that hand on what they were given, or 1.01 times as much; the real one is in test_compiled.py."""
+    """By compilers that hand on what they were given, or 1.01 times as much; the real one is in
+    test_compiled.py."""
     made: list[int] = []
 
     def times(factor: float) -> None:
         def compiler(graph: Any, inputs: Any) -> Any:
             made.append(1)
-            return graph.forward if factor == 1 else lambda *given: tuple(factor * x for x in graph.forward(*given))
+            return (
+                graph.forward
+                if factor == 1
+                else lambda *given: tuple(factor * x for x in graph.forward(*given))
+            )
 
         torch._dynamo.reset()
-        monkeypatch.setattr(training, "compile_blocks", lambda b: b.network.compile_repeated_blocks(backend=compiler))
+        monkeypatch.setattr(
+            training,
+            "compile_blocks",
+            lambda b: b.network.compile_repeated_blocks(backend=compiler),
+        )
 
-    compiled, plain = changed(tiny_config, training={"compile": True}), trained(tiny_config, tmp_path / "plain")
+    compiled, plain = (
+        changed(tiny_config, training={"compile": True}),
+        trained(tiny_config, tmp_path / "plain"),
+    )
     times(1.0)
     right = trained(compiled, tmp_path / "right")
     assert made
@@ -201,7 +263,9 @@ def test_rehearsal_holds_what_optimisers_will_take(
 ) -> None:
     config = changed(tiny_config, training={"optimizer": optimizer})
     store, teacher = make_trajectories(Run.open(tmp_path / "run", config)), teacher_of(config)
-    learner = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule).student
+    learner = make_players(
+        config, load_backbone(teacher, config, "cpu"), store, teacher.schedule
+    ).student
     held = sum(room.numel() * room.element_size() for room in learner.room_for_state())
     assert held == bytes_a_weight * sum(p.numel() for p in learner.parameters.values())
     for parameter in learner.parameters.values():
@@ -241,14 +305,23 @@ def test_eight_bit_optimizer_resumes_bit_for_bit(tiny_config: Config, tmp_path: 
 
 
 @pytest.mark.parametrize("role", ["student", "relative_critic"])
-def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(tiny_config: Config, tmp_path: Path, role: str) -> None:
+def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(
+    tiny_config: Config, tmp_path: Path, role: str
+) -> None:
     """Whoever is thrown far away by an absurd rate says so; the critic while it is alone."""
-    rates = {name: {"learning_rate": 1e30} for name in ("student" if role == "student" else "critics",)}
-    config = changed(tiny_config, training={"iterations": 40, "checkpoint_every": 1, "warmup": 0}, **rates)
+    rates = {
+        name: {"learning_rate": 1e30} for name in ("student" if role == "student" else "critics",)
+    }
+    config = changed(
+        tiny_config, training={"iterations": 40, "checkpoint_every": 1, "warmup": 0}, **rates
+    )
     config = changed(config, critics={"start": 0.0, "head_start": 0.5})
     run = Run.open(tmp_path / "run", config)
     make_trajectories(run)
-    with pytest.raises(NonFinite, match=rf"the {role}'s loss .* is not finite at iteration \d+; nothing was updated") as error:
+    with pytest.raises(
+        NonFinite,
+        match=rf"the {role}'s loss .* is not finite at iteration \d+; nothing was updated",
+    ) as error:
         train_run(run)
     assert "\n" not in str(error.value)
     step, state = run.load_checkpoint()
@@ -256,14 +329,18 @@ def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(tiny_config
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-def test_another_teachers_trajectories_are_refused(tiny_config: Config, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_another_teachers_trajectories_are_refused(
+    tiny_config: Config, tiny_teacher: Path, tmp_path: Path
+) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_teacher, teacher)
     run = Run.open(tmp_path / "run", tiny_config.model_copy(update={"teacher": str(teacher)}))
     make_trajectories(run)
     file = teacher / "unet" / "config.json"
     file.write_text(file.read_text() + "\n")
-    with pytest.raises(UserError, match="made with another teacher; choose another folder or delete it"):
+    with pytest.raises(
+        UserError, match="made with another teacher; choose another folder or delete it"
+    ):
         train_run(run)
 
 
@@ -296,7 +373,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_config: Config, tmp_path
     config = changed(tiny_config, training={"iterations": 400, "checkpoint_every": 1000})
     file, out = tmp_path / "config.toml", tmp_path / "run"
     file.write_text(configuration.dump(config), encoding="utf-8")
-    command = [sys.executable, "-c", "from rapm.cli import main; main()", "distill", "--config", str(file), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        "from rapm.cli import main; main()",
+        "distill",
+        "--config",
+        str(file),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (out / "metrics.jsonl").is_file():

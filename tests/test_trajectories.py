@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.finding import find_teacher
+from rapm.models.resolve import resolve_teacher
 from rapm.network import TEACHER, Backbone
+from rapm.pipeline import make_trajectories
 from rapm.prompts import Prompt
 from rapm.run import Run
 from rapm.sample import open_studio
 from rapm.schedule import Grid
-from rapm.stages import make_trajectories
 from rapm.trajectories import TrajectoryStore, guided, noise, noise_of, rollout
 
 PROMPT = "a red star and a blue ring on grass"
@@ -36,7 +36,7 @@ PROMPT = "a red star and a blue ring on grass"
 def test_rollout_ends_where_the_pipeline_ends(
     tiny_teacher: Path, slots: int, fine_steps: int, guidance_scale: float, negative_prompt: str
 ) -> None:
-    teacher = find_teacher(str(tiny_teacher))
+    teacher = resolve_teacher(str(tiny_teacher))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     z = torch.stack([noise(0, k, (4, 8, 8)) for k in range(2)])
@@ -50,9 +50,13 @@ def test_rollout_ends_where_the_pipeline_ends(
     ).images
     backbone = Backbone(pipeline.unet, teacher.family.call, teacher.family.lora_targets)
     conditioning = teacher.family.encode(pipeline, [PROMPT, "one white cross on brick"])
-    denoiser = guided(backbone, teacher.family.unconditional(pipeline, negative_prompt), guidance_scale)
+    denoiser = guided(
+        backbone, teacher.family.unconditional(pipeline, negative_prompt), guidance_scale
+    )
     with backbone.role(TEACHER):
-        coarse, nudged = rollout(denoiser, teacher.schedule, Grid(slots, fine_steps), z, conditioning)
+        coarse, nudged = rollout(
+            denoiser, teacher.schedule, Grid(slots, fine_steps), z, conditioning
+        )
     assert coarse.shape == (2, slots + 1, 4, 8, 8)
     assert nudged.shape == (2, slots, 4, 8, 8)
     assert torch.equal(coarse[:, slots], z)
@@ -77,15 +81,20 @@ def test_positions_are_those_of_the_fine_trajectory(ddim_schedule, delta: int) -
         assert torch.equal(nudged[:, n], fine[(grid.slots - n - 1) * 4 + delta])
     for k in range(grid.slots):
         first_coarse, first_nudged = rollout(denoiser, ddim_schedule, grid, z, {}, slots=k)
-        assert torch.equal(first_coarse, coarse[:, -k - 1 :]) and torch.equal(first_nudged, nudged[:, grid.slots - k :])
+        assert torch.equal(first_coarse, coarse[:, -k - 1 :]) and torch.equal(
+            first_nudged, nudged[:, grid.slots - k :]
+        )
 
 
 def with_batch(config: Config, size: int) -> Config:
-    return config.model_copy(update={"trajectories": config.trajectories.model_copy(update={"batch_size": size})})
+    return config.model_copy(
+        update={"trajectories": config.trajectories.model_copy(update={"batch_size": size})}
+    )
 
 
 def test_a_trajectory_is_the_same_whatever_the_batch(tiny_config: Config, tmp_path: Path) -> None:
-    """Kernels may pick another order of summation for another batch: within 1e-4, as far as from diffusers' own."""
+    """Kernels may pick another order of summation for another batch: within 1e-4, as far as from
+    diffusers' own."""
     alone = make_trajectories(Run.open(tmp_path / "a", with_batch(tiny_config, 1)))
     together = make_trajectories(Run.open(tmp_path / "b", with_batch(tiny_config, 4)))
     for k in range(len(alone)):
@@ -109,12 +118,21 @@ def test_a_store_gives_back_what_was_rolled_out(tiny_config: Config, tmp_path: P
         store[6]
 
 
-def test_a_prompts_own_seed_replaces_the_runs(tiny_config: Config, tiny_prompts: Path, tmp_path: Path) -> None:
+def test_a_prompts_own_seed_replaces_the_runs(
+    tiny_config: Config, tiny_prompts: Path, tmp_path: Path
+) -> None:
     plain = make_trajectories(Run.open(tmp_path / "plain", tiny_config))
     file = tiny_prompts.with_suffix(".csv")
-    file.write_text("prompt,seed\na red star on grass,\na blue ring on sand,0\none white cross on brick,7\n", encoding="utf-8")
+    file.write_text(
+        "prompt,seed\na red star on grass,\na blue ring on sand,0\none white cross on brick,7\n",
+        encoding="utf-8",
+    )
     config = tiny_config.model_copy(
-        update={"trajectories": tiny_config.trajectories.model_copy(update={"prompts": str(file), "count": 7})}
+        update={
+            "trajectories": tiny_config.trajectories.model_copy(
+                update={"prompts": str(file), "count": 7}
+            )
+        }
     )
     store = make_trajectories(Run.open(tmp_path / "seeded", config))
     expected = [(0, 0), (0, -2), (7, -2), (0, 3), (0, -3), (7, -3), (0, 6)]
@@ -124,12 +142,19 @@ def test_a_prompts_own_seed_replaces_the_runs(tiny_config: Config, tiny_prompts:
     for k in (0, 3):
         torch.testing.assert_close(store[k].coarse, plain[k].coarse, rtol=0, atol=1e-4)
     opened = TrajectoryStore.open(store.folder)
-    assert [(opened[k].prompt, opened[k].seed) for k in (1, 2)] == [("a blue ring on sand", 0), ("one white cross on brick", 7)]
-    assert json.loads((store.folder / "prompts.json").read_text())[1] == {"text": "a blue ring on sand", "seed": 0}
+    assert [(opened[k].prompt, opened[k].seed) for k in (1, 2)] == [
+        ("a blue ring on sand", 0),
+        ("one white cross on brick", 7),
+    ]
+    assert json.loads((store.folder / "prompts.json").read_text())[1] == {
+        "text": "a blue ring on sand",
+        "seed": 0,
+    }
 
 
 def test_no_two_trajectories_and_no_picture_start_from_the_same_noise() -> None:
-    """Whatever seeds the prompts bring, the run's own included; only prompts with the same seed share, pass by pass."""
+    """Whatever seeds the prompts bring, the run's own included; only prompts with the same seed
+    share, pass by pass."""
     prompts = [Prompt("a"), Prompt("b", 0), Prompt("c", 1), Prompt("d"), Prompt("e", 1)]
     noises = [noise_of(k, prompts, 0) for k in range(200)]
     assert len({*noises}) == 160
@@ -137,7 +162,9 @@ def test_no_two_trajectories_and_no_picture_start_from_the_same_noise() -> None:
     assert not {*noises} & {(seed, -1) for seed in range(9)}
 
 
-def test_prompts_that_no_trajectory_has_are_left_out(tiny_config: Config, tiny_prompts: Path, tmp_path: Path) -> None:
+def test_prompts_that_no_trajectory_has_are_left_out(
+    tiny_config: Config, tiny_prompts: Path, tmp_path: Path
+) -> None:
     run = Run.open(tmp_path / "run", tiny_config)
     store = make_trajectories(run)
     tiny_prompts.write_text(tiny_prompts.read_text() + "a\nb\nc\n")
@@ -147,11 +174,15 @@ def test_prompts_that_no_trajectory_has_are_left_out(tiny_config: Config, tiny_p
     short = Run.open(tmp_path / "two", tiny_config.model_copy(update={"trajectories": two}))
     assert len(json.loads((make_trajectories(short).folder / "prompts.json").read_text())) == 2
     tiny_prompts.write_text("a red star on grass\na blue ring on sand\n")
-    assert [make_trajectories(short)[k].prompt for k in range(2)] == [store[k].prompt for k in range(2)]
+    assert [make_trajectories(short)[k].prompt for k in range(2)] == [
+        store[k].prompt for k in range(2)
+    ]
 
 
 @pytest.mark.parametrize("change", ["a red star on grass,1", "a red stair on grass,"])
-def test_another_text_or_seed_is_another_set_of_prompts(tiny_config: Config, tmp_path: Path, change: str) -> None:
+def test_another_text_or_seed_is_another_set_of_prompts(
+    tiny_config: Config, tmp_path: Path, change: str
+) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,seed\na red star on grass,\n")
     settings = tiny_config.trajectories.model_copy(update={"prompts": str(file), "count": 1})
@@ -162,7 +193,9 @@ def test_another_text_or_seed_is_another_set_of_prompts(tiny_config: Config, tmp
         make_trajectories(run)
 
 
-def test_a_killed_rollout_goes_on_and_gives_the_same_files(tiny_config: Config, tmp_path: Path) -> None:
+def test_a_killed_rollout_goes_on_and_gives_the_same_files(
+    tiny_config: Config, tmp_path: Path
+) -> None:
     whole = make_trajectories(Run.open(tmp_path / "whole", tiny_config)).folder
     run = Run.open(tmp_path / "killed", tiny_config)
     killed = make_trajectories(run).folder
@@ -191,7 +224,9 @@ def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         make_trajectories(run)
-    (folder / "manifest.json").write_text('{"files": {}, "fingerprint": "", "facts": {}, "shard_size": 4, "count": 6}')
+    (folder / "manifest.json").write_text(
+        '{"files": {}, "fingerprint": "", "facts": {}, "shard_size": 4, "count": 6}'
+    )
     with pytest.raises(UserError, match="is damaged or of another version; delete it"):
         make_trajectories(run)
     (folder / "manifest.json").unlink()
@@ -202,13 +237,18 @@ def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "named"),
-    [("trajectories", "guidance_scale", 2.0, "guidance_scale"), ("training", "positions", "followed", "training.positions")],
+    [
+        ("trajectories", "guidance_scale", 2.0, "guidance_scale"),
+        ("training", "positions", "followed", "training.positions"),
+    ],
 )
 def test_a_foreign_store_is_refused(
     tiny_config: Config, tmp_path: Path, section: str, key: str, value: object, named: str
 ) -> None:
     folder = make_trajectories(Run.open(tmp_path / "run", tiny_config)).folder
-    other = tiny_config.model_copy(update={section: getattr(tiny_config, section).model_copy(update={key: value})})
+    other = tiny_config.model_copy(
+        update={section: getattr(tiny_config, section).model_copy(update={key: value})}
+    )
     run = Run.open(tmp_path / "other", other)
     folder.rename(run.trajectories)
     with pytest.raises(UserError, match=f"made with another {named};"):
@@ -226,15 +266,22 @@ def test_a_store_of_another_version_names_both(tiny_config: Config, tmp_path: Pa
     manifest["facts"]["rapm"] = "0.0.1"
     file.write_text(json.dumps(manifest))
     with pytest.raises(
-        UserError, match=rf"made with rapm 0\.0\.1, this is {re.escape(version('rapm'))}; go on with that version"
+        UserError,
+        match=rf"made with rapm 0\.0\.1, this is {re.escape(version('rapm'))}; go on with that "
+        rf"version",
     ):
         make_trajectories(run)
 
 
-def test_facts_name_the_teacher_by_its_weights(tiny_config: Config, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_facts_name_the_teacher_by_its_weights(
+    tiny_config: Config, tiny_teacher: Path, tmp_path: Path
+) -> None:
     store = make_trajectories(Run.open(tmp_path / "run", tiny_config))
-    teacher = find_teacher(str(tiny_teacher))
-    assert json.loads((store.folder / "manifest.json").read_text())["facts"]["teacher"] == teacher.fingerprint
+    teacher = resolve_teacher(str(tiny_teacher))
+    assert (
+        json.loads((store.folder / "manifest.json").read_text())["facts"]["teacher"]
+        == teacher.fingerprint
+    )
     assert replace(teacher, source="elsewhere").fingerprint == teacher.fingerprint
 
 
@@ -252,15 +299,22 @@ def test_guidance_of_one_asks_once() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_is_not_finite_is_not_stored(tiny_config: Config, tiny_teacher: Path, tmp_path: Path, precision: str) -> None:
+def test_what_is_not_finite_is_not_stored(
+    tiny_config: Config, tiny_teacher: Path, tmp_path: Path, precision: str
+) -> None:
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     file = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["conv_in.bias"][0] = float("nan")
     save_file(weights, file)
     run = Run.open(
-        tmp_path / "run", tiny_config.model_copy(update={"teacher": str(tmp_path / "teacher"), "precision": precision})
+        tmp_path / "run",
+        tiny_config.model_copy(
+            update={"teacher": str(tmp_path / "teacher"), "precision": precision}
+        ),
     )
-    with pytest.raises(UserError, match="trajectories 0 to 2 are not finite; nothing of them was stored"):
+    with pytest.raises(
+        UserError, match="trajectories 0 to 2 are not finite; nothing of them was stored"
+    ):
         make_trajectories(run)
     assert not list(run.trajectories.glob("shard-*"))

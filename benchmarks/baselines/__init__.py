@@ -1,7 +1,9 @@
-"""The neighbours, restated in the form of their papers and published code: what this library is measured against.
+"""The neighbours, restated in the form of their papers and published code: what this library is
+measured against.
 
-Every method trains the same LoRA on the same network. Its iteration is at N positions, one in each slot, as an iteration of
-RAPM is; where its paper takes pictures, it gets rendered scenes in the VAE's latents.
+Every method trains the same LoRA on the same network. Its iteration is at N positions, one in each
+slot, as an iteration of RAPM is; where its paper takes pictures, it gets rendered scenes in the
+VAE's latents.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from rapm.turns import Learner
 
 @dataclass(frozen=True)
 class Pictures:
-    """Clean latents of real pictures, [n, C, H, W], and the conditioning of their captions, [n, ...]."""
+    """Clean latents of real pictures, [n, C, H, W], and the conditioning of their captions, [n,
+    ...]."""
 
     latents: Tensor
     conditioning: Conditioning
@@ -59,13 +62,16 @@ class Method(Protocol):
 
     Attributes:
         turns: iterations for each update of the student.
-        stochastic: its student is sampled by predicting the clean latent and noising it again, not by DDIM.
+        stochastic: its student is sampled by predicting the clean latent and noising it again, not
+            by DDIM.
     """
 
     turns: int
     stochastic: bool
 
-    def iterate(self, iteration: int, generator: torch.Generator) -> tuple[dict[str, float], list[Learner]]:
+    def iterate(
+        self, iteration: int, generator: torch.Generator
+    ) -> tuple[dict[str, float], list[Learner]]:
         """Accumulates an iteration's gradients; returns losses and whose turn it was."""
         ...
 

@@ -1,7 +1,9 @@
-"""Distribution matching, in the several-step form of DMD2 (arXiv 2405.14867), without its discriminator on real pictures.
+"""Distribution matching, in the several-step form of DMD2 (arXiv 2405.14867), without its
+discriminator on real pictures.
 
-The student's clean latents, met at all its N steps from its own samples, are moved to where the teacher finds them likelier
-than a second diffusion network does, a LoRA that keeps learning what the student makes (five turns for each of the student's).
+The student's clean latents, met at all its N steps from its own samples, are moved to where the
+teacher finds them likelier than a second diffusion network does, a LoRA that keeps learning what
+the student makes (five turns for each of the student's).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ LOWEST, HIGHEST = 20, 980  # timesteps that scores are compared at, both include
 
 @dataclass(frozen=True)
 class Dmd2:
-    """DMD2's step. ``critic`` is the network with the role ``FAKE``; of six turns one is the student's."""
+    """DMD2's step. ``critic`` is the network with the role ``FAKE``; of six turns one is the
+    student's."""
 
     world: World
     critic: Backbone
@@ -34,7 +37,8 @@ class Dmd2:
     stochastic: bool = True
 
     def samples(self, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """Clean latents of the student's N steps, from its own positions, which carry no gradient. Called inside its role."""
+        """Clean latents of the student's N steps, from its own positions, which carry no gradient.
+        Called inside its role."""
         world, row = self.world, {name: value[:1] for name, value in conditioning.items()}
         shape = (1, *world.pictures.latents.shape[1:])
         steps, z = [], torch.randn(shape, generator=generator).to(world.pictures.latents)
@@ -43,10 +47,15 @@ class Dmd2:
             steps.append(world.schedule.x0_and_eps(z, world.student(z, t, row), t)[0])
             lower = max(world.grid.coarse(n), 0)
             noise = torch.randn(shape, generator=generator).to(z)
-            z = world.schedule.alpha(lower, z) * steps[-1].detach() + world.schedule.sigma(lower, z) * noise
+            z = (
+                world.schedule.alpha(lower, z) * steps[-1].detach()
+                + world.schedule.sigma(lower, z) * noise
+            )
         return torch.cat(steps)
 
-    def iterate(self, iteration: int, generator: torch.Generator) -> tuple[dict[str, float], list[Learner]]:
+    def iterate(
+        self, iteration: int, generator: torch.Generator
+    ) -> tuple[dict[str, float], list[Learner]]:
         world, schedule, mine = self.world, self.world.schedule, iteration % self.turns == 0
         _, one = world.pictures.draw(generator, 1)
         conditioning = repeat(one, world.grid.slots)
@@ -71,7 +80,9 @@ class Dmd2:
     def _direction(self, x0: Tensor, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         world = self.world
         with self.critic.role(TEACHER):
-            teacher = guided(self.critic, world.unconditional, world.config.trajectories.guidance_scale)
+            teacher = guided(
+                self.critic, world.unconditional, world.config.trajectories.guidance_scale
+            )
             real = world.schedule.x0_and_eps(z, teacher(z, t, conditioning), t)[0]
         with self.critic.role(FAKE):
             fake = world.schedule.x0_and_eps(z, self.critic(z, t, conditioning), t)[0]

@@ -1,8 +1,10 @@
 """Phased consistency models (PCM, arXiv 2405.18407), as its authors' script for LoRAs trains them.
 
-Two networks are in memory: the student, a LoRA, which without gradients is its own target too; and the teacher, which is also
-what the discriminator's heads read. Each step noises a clean latent, takes one guided teacher step from there, and asks that
-the student's predictions from before and after that step end in the same place at the edge of the phase (here: slot).
+Two networks are in memory: the student, a LoRA, which without gradients is its own target too; and
+    the teacher, which is also
+what the discriminator's heads read. Each step noises a clean latent, takes one guided teacher step
+from there, and asks that the student's predictions from before and after that step end in the same
+place at the edge of the phase (here: slot).
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ ADVERSARIAL_WEIGHT = 0.1
 
 
 class Head(nn.Module):
-    """[conv, GroupNorm(32), LeakyReLU] twice, the second with a residual, in the map's own width; then one channel."""
+    """[conv, GroupNorm(32), LeakyReLU] twice, the second with a residual, in the map's own width;
+    then one channel."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -48,20 +51,26 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """What differs between the published discriminators: which blocks are read, by how many heads each, with which kernel."""
+    """What differs between the published discriminators: which blocks are read, by how many heads
+    each, with which kernel."""
 
     up_blocks: bool
     heads: int
     kernel: int
 
 
-FORMS = {"sd15": Form(up_blocks=True, heads=4, kernel=3), "sdxl": Form(up_blocks=False, heads=1, kernel=1)}
+FORMS = {
+    "sd15": Form(up_blocks=True, heads=4, kernel=3),
+    "sdxl": Form(up_blocks=False, heads=1, kernel=1),
+}
 
 
 def taps(network: nn.Module, form: Form) -> list[str]:
     """The blocks a discriminator reads."""
     kinds = ("down_blocks", "up_blocks") if form.up_blocks else ("down_blocks",)
-    named = {kind: [f"{kind}.{k}" for k in range(len(network.get_submodule(kind)))] for kind in kinds}  # type: ignore[arg-type]
+    named = {
+        kind: [f"{kind}.{k}" for k in range(len(network.get_submodule(kind)))] for kind in kinds
+    }  # type: ignore[arg-type]
     return [*named["down_blocks"], "mid_block", *named.get("up_blocks", [])]
 
 
@@ -72,7 +81,9 @@ class Heads(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.of_maps = nn.ModuleList(nn.ModuleList(Head(c, form.kernel) for _ in range(form.heads)) for c in channels)
+            self.of_maps = nn.ModuleList(
+                nn.ModuleList(Head(c, form.kernel) for _ in range(form.heads)) for c in channels
+            )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [head(x) for heads, x in zip(self.of_maps, features, strict=True) for head in heads]  # type: ignore[attr-defined]
@@ -103,11 +114,20 @@ class Pcm:
     turns: int = 2
     stochastic: bool = False
 
-    def iterate(self, iteration: int, generator: torch.Generator) -> tuple[dict[str, float], list[Learner]]:
+    def iterate(
+        self, iteration: int, generator: torch.Generator
+    ) -> tuple[dict[str, float], list[Learner]]:
         assert self.pictures is not None
         x0, conditioning = self.pictures.draw(generator, self.grid.slots)
         critic = iteration % self.turns == 0
-        losses = self.turn(x0, one_in_each_slot(self.grid, generator), conditioning, generator, critic=critic, share=1.0)
+        losses = self.turn(
+            x0,
+            one_in_each_slot(self.grid, generator),
+            conditioning,
+            generator,
+            critic=critic,
+            share=1.0,
+        )
         return losses, [self.critic if critic else self.learner]
 
     def turn(
@@ -135,10 +155,17 @@ class Pcm:
             for values in ([fine[k] for k in starts], [fine[k + 1] for k in starts],
                            [grid.coarse(n) for n in slots], [grid.coarse(n + 1) for n in slots])
         )  # fmt: skip
-        noise, fake_noise, real_noise = (torch.randn(x0.shape, generator=generator).to(device) for _ in range(3))
+        noise, fake_noise, real_noise = (
+            torch.randn(x0.shape, generator=generator).to(device) for _ in range(3)
+        )
         z = schedule.alpha(t, x0) * x0 + schedule.sigma(t, x0) * noise
         low = edge.clamp(min=0)
-        tau = low + ((top - low) * torch.rand(len(starts), generator=generator, dtype=torch.float64)).long()
+        tau = (
+            low
+            + (
+                (top - low) * torch.rand(len(starts), generator=generator, dtype=torch.float64)
+            ).long()
+        )
         with ExitStack() as roles:
             roles.enter_context(self.student.role(STUDENT))
             roles.enter_context(self.teacher.role(TEACHER))
@@ -146,7 +173,8 @@ class Pcm:
             with torch.no_grad():
                 teacher = guided(self.teacher, self.unconditional, self.guidance_scale)
                 moved = schedule.step(z, teacher(z, t, conditioning), t, after)
-                # Where the teacher's step ends on the edge the end is known, and nothing is asked (its boundary condition).
+                # Where the teacher's step ends on the edge the end is known, and nothing is asked
+                # (its boundary condition).
                 asked = after.clamp(min=0)
                 target = schedule.step(moved, self.student(moved, asked, conditioning), asked, edge)
                 target = torch.where((after == edge)[:, None, None, None].to(device), moved, target)
@@ -155,16 +183,25 @@ class Pcm:
             def logits(position: Tensor, own_noise: Tensor) -> list[Tensor]:
                 shown = schedule.renoise(position, edge, tau, own_noise)
                 features = self.teacher.features(shown, tau, conditioning)
-                if self.teacher.dtype == torch.float32 or on == "meta":  # where bytes are counted, which has no autocast
+                if (
+                    self.teacher.dtype == torch.float32 or on == "meta"
+                ):  # where bytes are counted, which has no autocast
                     return self.critic.heads([x.float() for x in features])  # type: ignore[misc]
                 with torch.autocast(on, self.teacher.dtype):
                     return [x.float() for x in self.critic.heads(features)]  # type: ignore[misc]
 
             if critic:
-                loss = hinge_critic(logits(target, real_noise), logits(ours.detach(), fake_noise)).mean()
+                loss = hinge_critic(
+                    logits(target, real_noise), logits(ours.detach(), fake_noise)
+                ).mean()
                 (share * loss).backward()
                 return {"critic": float(loss.detach())}
             distance = pseudo_huber(ours, target).mean()
             adversarial = hinge_student(logits(ours, fake_noise)).mean()
-            (share * (distance + ADVERSARIAL_WEIGHT * adversarial)).backward(inputs=list(self.learner.parameters.values()))
-            return {"distance": float(distance.detach()), "adversarial": float(adversarial.detach())}
+            (share * (distance + ADVERSARIAL_WEIGHT * adversarial)).backward(
+                inputs=list(self.learner.parameters.values())
+            )
+            return {
+                "distance": float(distance.detach()),
+                "adversarial": float(adversarial.detach()),
+            }

@@ -1,4 +1,5 @@
-"""rapm: distil a diffusers text-to-image model into a 1 to 8 step generator on one GPU, from prompts alone."""
+"""rapm: distil a diffusers text-to-image model into a 1 to 8 step generator on one GPU, from
+prompts alone."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ if TYPE_CHECKING:
     from rapm.config import Config
     from rapm.errors import NonFinite, UserError
     from rapm.network import Backbone
+    from rapm.pipeline import distill
     from rapm.run import Run
     from rapm.schedule import Grid, Schedule
-    from rapm.stages import distill
     from rapm.trajectories import TrajectoryStore
 
-# Loaded when first asked for: `import rapm` and `rapm --help` must not wait for torch and diffusers.
+# Loaded when first asked for: `import rapm` and `rapm --help` must not wait for torch and
+# diffusers.
 _HOMES = {
     "Backbone": "network",
     "Config": "config",

@@ -1,4 +1,5 @@
-"""FLOPs and bytes of a piece of work that is run on tensors without contents (torch's meta device)."""
+"""FLOPs and bytes of a piece of work that is run on tensors without contents (torch's meta
+device)."""
 
 from __future__ import annotations
 
@@ -15,17 +16,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # torch leaves the second out
+FLOPS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+}  # torch leaves the second out
 
 
 class _Account(TorchDispatchMode):
-    """Counts, on the meta device: FLOPs, and the bytes of all storages that came to be and are alive, now and at the most.
+    """Counts, on the meta device: FLOPs, and the bytes of all storages that came to be and are
+    alive, now and at the most.
 
-    Torch finds the form of most results in Python, which takes most of the time, and a network asks the same again and again:
-    what an operation came to is kept, unless its result is a view.
+    Torch finds the form of most results in Python, which takes most of the time, and a network asks
+    the same again and again: what an operation came to is kept, unless its result is a view.
     """
 
-    _known: ClassVar[dict[Any, tuple[int, list[Any], Any]]] = {}  # FLOPs, forms of results, their structure
+    _known: ClassVar[
+        dict[Any, tuple[int, list[Any], Any]]
+    ] = {}  # FLOPs, forms of results, their structure
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +52,10 @@ class _Account(TorchDispatchMode):
             self.flops += flops
             if kind == "in place":
                 return args[0]
-            made = [form and torch.empty_strided(form[0], form[1], dtype=form[2], device="meta") for form in forms]
+            made = [
+                form and torch.empty_strided(form[0], form[1], dtype=form[2], device="meta")
+                for form in forms
+            ]
             for tensor in made:
                 if tensor is not None:
                     self._came(tensor.untyped_storage())
@@ -54,13 +64,27 @@ class _Account(TorchDispatchMode):
         if func._overloadpacket in FLOPS:
             flops = FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
         self.flops += flops
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta}
+        given = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor) and t.is_meta
+        }
         results, structure = tree_flatten(out)
         for tensor in results:
-            if isinstance(tensor, Tensor) and tensor.is_meta and tensor.untyped_storage()._cdata not in given:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.is_meta
+                and tensor.untyped_storage()._cdata not in given
+            ):
                 self._came(tensor.untyped_storage())  # else a view of what was there before
-        if asked is not None and all(t is None or (isinstance(t, Tensor) and t.is_meta) for t in results):
-            self._known[asked] = flops, [None if t is None else _form(t) for t in results], structure
+        if asked is not None and all(
+            t is None or (isinstance(t, Tensor) and t.is_meta) for t in results
+        ):
+            self._known[asked] = (
+                flops,
+                [None if t is None else _form(t) for t in results],
+                structure,
+            )
         return out
 
     def _came(self, storage: torch.UntypedStorage) -> None:
@@ -76,9 +100,12 @@ class _Account(TorchDispatchMode):
 
 @cache
 def _kind(func: Any) -> str:
-    """Whether an operation's result is "new", its first argument changed "in place", or maybe a "view" of what is given."""
+    """Whether an operation's result is "new", its first argument changed "in place", or maybe a
+    "view" of what is given."""
     schema = func._schema
-    if not schema.is_mutable and all(value.alias_info is None for value in (*schema.arguments, *schema.returns)):
+    if not schema.is_mutable and all(
+        value.alias_info is None for value in (*schema.arguments, *schema.returns)
+    ):
         return "new"
     return "in place" if schema.name in ("aten::add_", "aten::addmm_", "aten::mul_") else "view"
 
@@ -94,10 +121,19 @@ def _form(value: Any) -> Any:
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Attention as GPUs have it, which never holds its matrix of weights; on meta torch takes the plain form, which does."""
+    """Attention as GPUs have it, which never holds its matrix of weights; on meta torch takes the
+    plain form, which does."""
     plain = F.scaled_dot_product_attention
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, scale: Any = None, **kwargs: Any) -> Tensor:
+    def flash(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Any = None,
+        *args: Any,
+        scale: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
         if attn_mask is not None or not q.is_meta:
             return plain(q, k, v, attn_mask, *args, scale=scale, **kwargs)
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
@@ -110,7 +146,8 @@ def _flash_attention() -> Iterator[None]:
 
 
 def count(work: Callable[[], object]) -> tuple[int, int]:
-    """FLOPs of ``work`` on the meta device, and bytes at its peak beyond what was there before it."""
+    """FLOPs of ``work`` on the meta device, and bytes at its peak beyond what was there before
+    it."""
     with _flash_attention(), _Account() as account:
         work()
     return account.flops, account.peak

@@ -1,8 +1,10 @@
-"""Mistakes a user can make, told in one line; everything else is ours and stays an assertion or a traceback."""
+"""Mistakes a user can make, told in one line; everything else is ours and stays an assertion or a
+traceback."""
 
 
 class UserError(ValueError):
-    """What was given, what is allowed, what to do, in one line. The command line prints it and exits with code 2."""
+    """What was given, what is allowed, what to do, in one line. The command line prints it and
+    exits with code 2."""
 
 
 class NonFinite(UserError):
@@ -10,10 +12,13 @@ class NonFinite(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what began it all; torch's "Error(s) in loading ...:" says nothing before its second line."""
+    """Of what began it all; torch's "Error(s) in loading ...:" says nothing before its second
+    line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [
+        type(error).__name__
+    ]
     if "ignore_mismatched_sizes" in lines[0]:
         return "tensors have other shapes than its layers"
     return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]

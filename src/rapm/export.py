@@ -1,4 +1,5 @@
-"""What other programs load: the student as a LoRA for diffusers and one for ComfyUI, A1111 and Forge, with a model card."""
+"""What other programs load: the student as a LoRA for diffusers and one for ComfyUI, A1111 and
+Forge, with a model card."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rapm.files import complete_or_absent_folder, share
+from rapm.io import complete_or_absent_folder, share
+from rapm.models.teacher import Teacher
 from rapm.network import STUDENT
 from rapm.run import Run
 from rapm.sample import open_studio
-from rapm.teacher import Teacher
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -59,7 +60,8 @@ def exported(run: Run) -> Exported:
 
 
 def export_run(run: Run) -> Exported:
-    """Writes ``export/``: the student's averaged LoRA in both forms, the scheduler's config, a model card.
+    """Writes ``export/``: the student's averaged LoRA in both forms, the scheduler's config, a
+    model card.
 
     Training is at scale 1 (alpha = rank) and both files say so, so they load at strength 1.0.
     """
@@ -72,19 +74,26 @@ def export_run(run: Run) -> Exported:
         lora["target_modules"] = sorted(lora["target_modules"])  # a set: in another order each time
         metadata = {f"{part}_lora_adapter_metadata": lora}
         state = backbone.lora_state(STUDENT)
-        teacher.family.pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": state}, **metadata)
+        teacher.family.pipeline.save_lora_weights(
+            folder, **{f"{part}_lora_layers": state}, **metadata
+        )
         share(folder / DIFFUSERS_FILE)
         usage = f"{steps} steps, cfg 1, sampler euler or ddim, scheduler sgm_uniform, strength 1.0"
         described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, usage)
         save_file(kohya_state(state, part), folder / files.kohya.name, described)
         share(folder / files.kohya.name)
         teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
-        fused = "".join(f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras)
+        fused = "".join(
+            f"- `{lora.file.name}` at strength {lora.strength:g}\n" for lora in teacher.loras
+        )
         local = os.path.isabs(config.teacher)  # where it lies is nobody else's business
         card = CARD.format(
             base="" if local else f"base_model: {config.teacher.partition('@')[0]}\n",
             teacher=os.path.basename(config.teacher) if local else config.teacher,
-            loras=f"\nIts teacher has these LoRAs fused in; load them too, at that strength:\n\n{fused}" if fused else "",
+            loras=f"\nIts teacher has these LoRAs fused in; load them too, at that "
+            f"strength:\n\n{fused}"
+            if fused
+            else "",
             steps=steps,
             guidance_scale=config.trajectories.guidance_scale,
             version=version("rapm"),
@@ -96,18 +105,25 @@ def export_run(run: Run) -> Exported:
 
 
 def kohya_state(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """A LoRA in kohya's names, ``lora_unet_<module path with _>``: ``.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
+    """A LoRA in kohya's names, ``lora_unet_<module path with _>``: ``.lora_down.weight``,
+    ``.lora_up.weight`` and ``.alpha``.
 
     Args:
         state: in peft's names, of scale 1.
         part: the pipeline's part that it belongs to.
     """
-    named = convert_state_dict_to_kohya({f"{part}.{name}": value for name, value in state.items()})  # alpha = rank, always
-    return {name: value.float() if name.endswith(".alpha") else value.contiguous() for name, value in named.items()}
+    named = convert_state_dict_to_kohya(
+        {f"{part}.{name}": value for name, value in state.items()}
+    )  # alpha = rank, always
+    return {
+        name: value.float() if name.endswith(".alpha") else value.contiguous()
+        for name, value in named.items()
+    }
 
 
 def kohya_metadata(teacher: Teacher, rank: int, title: str, usage: str) -> dict[str, str]:
-    """What kohya's tools, ComfyUI's and A1111's file browsers show of a LoRA, and choose a base model by."""
+    """What kohya's tools, ComfyUI's and A1111's file browsers show of a LoRA, and choose a base
+    model by."""
     base, architecture = teacher.family.base_model(teacher.config)
     width, height = teacher.size()
     return {

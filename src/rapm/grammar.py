@@ -1,4 +1,5 @@
-"""Prompts without a data set: the words of :mod:`rapm.words` put together the way people type them."""
+"""Prompts without a data set: the words of :mod:`rapm.words` put together the way people type
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ T = TypeVar("T")
 
 
 def compose(count: int, seed: int) -> list[str]:
-    """The first ``count`` prompts of ``seed``: no two alike, and the same ones however many are asked for.
+    """The first ``count`` prompts of ``seed``: no two alike, and the same ones however many are
+    asked for.
 
     Raises:
         UserError: more are asked for than :data:`MOST`.
@@ -34,7 +36,7 @@ def compose(count: int, seed: int) -> list[str]:
     return list(found.values())
 
 
-# ------------------------------------------------------------------------------------------------------------------- drawing
+# ---- drawing
 
 
 def _chance(rng: Random, probability: float) -> bool:
@@ -79,7 +81,9 @@ class _Idea:
     frame: Phrasing | None
 
 
-_SCENES = {kind: [s for s in (*words.SCENES, *words.SIGNS) if s.kind == kind] for kind in words.KINDS}
+_SCENES = {
+    kind: [s for s in (*words.SCENES, *words.SIGNS) if s.kind == kind] for kind in words.KINDS
+}
 _KINDS = [kind for kind, share in words.KINDS.items() for _ in range(share)]
 
 
@@ -89,7 +93,9 @@ def _idea(rng: Random) -> _Idea:
     bare = medium.bare
     return _Idea(
         subject=_subject(rng, scene),
-        action=_pick(rng, scene.actions) if scene.actions and _chance(rng, 0.2 if bare else 0.85) else "",
+        action=_pick(rng, scene.actions)
+        if scene.actions and _chance(rng, 0.2 if bare else 0.85)
+        else "",
         is_doing=scene.kind not in words.STILL,
         place=_pick(rng, scene.places) if scene.places and not bare and _chance(rng, 0.8) else "",
         details=[] if bare else _some(rng, scene.details, 2) if scene.details else [],
@@ -119,7 +125,7 @@ def _subject(rng: Random, scene: Scene) -> str:
     return noun
 
 
-# ------------------------------------------------------------------------------------------------------------------- wording
+# ---- wording
 
 
 _NUMBERS = ("two ", "three ", "four ")
@@ -139,17 +145,22 @@ def _capital(sentence: str) -> str:
 
 
 def _apart(tags: Sequence[str], said: Sequence[str] = ()) -> list[str]:
-    """Those that say nothing twice: of two that end alike, as "vivid colors" and "muted colors" do, the first."""
+    """Those that say nothing twice: of two that end alike, as "vivid colors" and "muted colors" do,
+    the first."""
     kept: list[str] = []
     for tag in tags:
         end = tag.split()[-1].lstrip("0123456789")
-        if not any(tag in other or other in tag or other.split()[-1].lstrip("0123456789") == end for other in (*said, *kept)):
+        if not any(
+            tag in other or other in tag or other.split()[-1].lstrip("0123456789") == end
+            for other in (*said, *kept)
+        ):
             kept.append(tag)
     return kept
 
 
 _OPENING = re.compile(
-    r"(?:high )?(?:in front of|on top of|in|on|at|by|under|above|over|behind|beside|around|among|along|across|through|off"
+    r"(?:high )?(?:in front of|on top "
+    r"of|in|on|at|by|under|above|over|behind|beside|around|among|along|across|through|off"
     r"|before|outside) (?:(?:a|an|the) )?"
 )
 
@@ -188,24 +199,38 @@ def _short(rng: Random, idea: _Idea) -> str:
 
 
 def _tags(rng: Random, idea: _Idea) -> str:
-    """A list: "ginger cat sleeping, piano, dim light, oil painting, rich colors, highly detailed"."""
+    """A list: "ginger cat sleeping, piano, dim light, oil painting, rich colors, highly
+    detailed"."""
     lead = _join(idea.subject, idea.action)
     is_first = _chance(rng, 0.25)
     about = [f"{idea.name} of {_a(lead)}" if is_first else lead, _tag(idea.place)]
-    about += [idea.light.tag if idea.light else "", idea.frame.tag if idea.frame else "", "" if is_first else idea.name]
+    about += [
+        idea.light.tag if idea.light else "",
+        idea.frame.tag if idea.frame else "",
+        "" if is_first else idea.name,
+    ]
     if not is_first and not idea.medium.bare and _chance(rng, 0.15):
         about.pop()  # of no medium at all
     else:
-        about += _apart([*_some(rng, idea.finishes, 2), *_some(rng, idea.medium.tags, 4)], [idea.name, *filter(None, about)])
+        about += _apart(
+            [*_some(rng, idea.finishes, 2), *_some(rng, idea.medium.tags, 4)],
+            [idea.name, *filter(None, about)],
+        )
     return ", ".join(filter(None, about))
 
 
 def _scene_words(idea: _Idea, light: bool = True) -> str:
-    return _join(_a(idea.subject), idea.action, idea.place, idea.light.phrase if idea.light and light else None)
+    return _join(
+        _a(idea.subject),
+        idea.action,
+        idea.place,
+        idea.light.phrase if idea.light and light else None,
+    )
 
 
 def _phrase(rng: Random, idea: _Idea) -> str:
-    """What people type without a full stop: "an oil painting of a ginger cat sleeping on a piano, seen from above"."""
+    """What people type without a full stop: "an oil painting of a ginger cat sleeping on a piano,
+    seen from above"."""
     name = _a(idea.name) if _chance(rng, 0.55) else idea.name
     text = f"{name} of {_scene_words(idea)}"
     if idea.frame:
@@ -226,7 +251,11 @@ def _opening(rng: Random, idea: _Idea, light: bool) -> str:
     ways += [f"{_pick(rng, ('create', 'make', 'I want', 'please make'))} {name} of {scene}{frame}"]
     if idea.action and idea.is_doing:
         be = " are " if idea.subject.startswith(_NUMBERS) else " is "
-        doing = _a(idea.subject) + be + _join(idea.action, idea.place, idea.light.phrase if idea.light else None)
+        doing = (
+            _a(idea.subject)
+            + be
+            + _join(idea.action, idea.place, idea.light.phrase if idea.light else None)
+        )
         ways += [doing] * 4
     return _pick(rng, ways)
 

@@ -1,12 +1,15 @@
 """One frozen network, four roles. The only file that touches peft's adapters.
 
-The teacher is the network with no adapter; the student and the two critics are one LoRA adapter each. Nothing is copied.
-peft makes, names and saves the adapters; how a layer applies one is ours, see :func:`_apply`.
+The teacher is the network with no adapter; the student and the two critics are one LoRA adapter
+each. Nothing is copied. peft makes, names and saves the adapters; how a layer applies one is ours,
+see :func:`_apply`.
 
-Two more facts of peft shape this file. ``set_adapter`` walks the whole model and turns ``requires_grad`` of all other
-adapters off, which silently cuts graphs built in another role; so the tuner layers are listed once and their active adapter
-is set directly, and every adapter keeps ``requires_grad``. And a graph with gradient checkpointing recomputes with whatever
-adapter is active during backward; so a graph must be walked inside the role that built it, and roles do not nest.
+Two more facts of peft shape this file. ``set_adapter`` walks the whole model and turns
+``requires_grad`` of all other adapters off, which silently cuts graphs built in another role; so
+the tuner layers are listed once and their active adapter is set directly, and every adapter keeps
+``requires_grad``. And a graph with gradient checkpointing recomputes with whatever adapter is
+active during backward; so a graph must be walked inside the role that built it, and roles do not
+nest.
 """
 
 from __future__ import annotations
@@ -25,7 +28,12 @@ from torch import Tensor, nn
 from rapm.errors import UserError
 from rapm.objective import Conditioning
 
-TEACHER, STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC = "teacher", "student", "relative_critic", "absolute_critic"
+TEACHER, STUDENT, RELATIVE_CRITIC, ABSOLUTE_CRITIC = (
+    "teacher",
+    "student",
+    "relative_critic",
+    "absolute_critic",
+)
 Call = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 
@@ -36,9 +44,10 @@ class _LastTapReached(Exception):
 def _apply(layer: Any, x: Tensor) -> Tensor:
     """What an adapted layer gives in the role that is on: ``W x + b + B A x``.
 
-    peft's own forward brings ``x`` to the adapter's float32 for each layer anew: next to a bfloat16 network this keeps three
-    copies in float32 of what query, key and value share, until the backward pass, and multiplies matrices at a GPU's slowest
-    rate. Here the adapter's weights, which are small, come to the network's dtype instead; their gradients arrive in float32.
+    peft's own forward brings ``x`` to the adapter's float32 for each layer anew: next to a bfloat16
+    network this keeps three copies in float32 of what query, key and value share, until the
+    backward pass, and multiplies matrices at a GPU's slowest rate. Here the adapter's weights,
+    which are small, come to the network's dtype instead; their gradients arrive in float32.
     """
     role = None if layer._disable_adapters else layer._active_adapter[0]
     if role not in layer.lora_A:
@@ -46,7 +55,9 @@ def _apply(layer: Any, x: Tensor) -> Tensor:
     a, b = layer.lora_A[role], layer.lora_B[role].weight.to(x.dtype)
     if isinstance(a, nn.Conv2d):
         below = nn.functional.conv2d(x, a.weight.to(x.dtype), None, a.stride, a.padding, a.dilation)
-        return layer.base_layer(x).add_(nn.functional.conv2d(below, b))  # in place: backward passes need no layer's output
+        return layer.base_layer(x).add_(
+            nn.functional.conv2d(below, b)
+        )  # in place: backward passes need no layer's output
     rows = x.flatten(0, -2)
     out = layer.base_layer(rows).addmm_(rows @ a.weight.to(x.dtype).t(), b.t())
     return out.unflatten(0, x.shape[:-1])
@@ -54,8 +65,8 @@ def _apply(layer: Any, x: Tensor) -> Tensor:
 
 @cache
 def _adapted(layer: type) -> type:
-    """peft's kind of layer with :func:`_apply` for a forward; a class, since torch.compile takes layers for different functions
-    where each has a forward in an attribute of its own."""
+    """peft's kind of layer with :func:`_apply` for a forward; a class, since torch.compile takes
+    layers for different functions where each has a forward in an attribute of its own."""
     return type(layer.__name__, (layer,), {"forward": _apply})
 
 
@@ -64,7 +75,8 @@ class Backbone:
 
     Args:
         network: a diffusers model; it is frozen, and its adapters are added here.
-        call: ``(network, z, t, conditioning) -> prediction`` in the network's own dtype, a family's knowledge.
+        call: ``(network, z, t, conditioning) -> prediction`` in the network's own dtype, a family's
+            knowledge.
         lora_targets: names of the modules that get LoRA unless a role names its own.
         taps: module paths whose outputs are the features, in the order they are reached.
         gradient_checkpointing: trade a second forward for memory; gradients are the same.
@@ -83,9 +95,12 @@ class Backbone:
     ) -> None:
         self.network: Any = network.requires_grad_(False).eval()
         self.device: torch.device = self.network.device
-        self.dtype: torch.dtype = self.network.dtype  # asked once: diffusers walks the whole network to answer
-        # What losses are multiplied by before their backward pass, and gradients divided by after it: float16 holds nothing
-        # below 6e-8, and a gradient of one element's share of a mean is soon less.
+        self.dtype: torch.dtype = (
+            self.network.dtype
+        )  # asked once: diffusers walks the whole network to answer
+        # What losses are multiplied by before their backward pass, and gradients divided by after
+        # it: float16 holds nothing below 6e-8, and a gradient of one element's share of a mean is
+        # soon less.
         self.loss_scale = 4096.0 if self.dtype == torch.float16 else 1.0
         self.call, self.lora_targets = call, tuple(lora_targets)
         self.configs: dict[str, LoraConfig] = {}
@@ -100,33 +115,48 @@ class Backbone:
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
 
-    # ---------------------------------------------------------------------------------------------------------------- roles
+    # ---- roles
 
     def check_targets(self, targets: Sequence[str]) -> None:
         """
         Raises:
             UserError: a name belongs to no linear or convolution layer of the network.
         """
-        layers = [name for name, m in self.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | BaseTunerLayer)]
+        layers = [
+            name
+            for name, m in self.network.named_modules()
+            if isinstance(m, nn.Linear | nn.Conv2d | BaseTunerLayer)
+        ]
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in layers):
-                raise UserError(f"LoRA target '{target}' is the name of no linear or convolution layer of this network")
+                raise UserError(
+                    f"LoRA target '{target}' is the name of no linear or convolution layer of this "
+                    f"network"
+                )
 
     def add_role(self, role: str, rank: int, targets: Sequence[str], seed: int) -> None:
-        """Adds a LoRA adapter, float32, with alpha = rank (scale 1), that leaves the network's output unchanged at first.
+        """Adds a LoRA adapter, float32, with alpha = rank (scale 1), that leaves the network's
+        output unchanged at first.
 
         Args:
-            targets: names or endings of names of the modules that get LoRA; see :meth:`check_targets`.
+            targets: names or endings of names of the modules that get LoRA; see
+                :meth:`check_targets`.
             seed: of its first weights.
         """
-        assert self.playing is None and role not in self.configs, f"role {role} added twice or inside a role"
+        assert self.playing is None and role not in self.configs, (
+            f"role {role} added twice or inside a role"
+        )
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # several adapters are the point
             torch.manual_seed(seed)
             self.network.add_adapter(config, adapter_name=role)
         self.configs[role] = config
-        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        self._layers = [
+            module for module in self.network.modules() if isinstance(module, BaseTunerLayer)
+        ]
         for layer in self._layers:
             if type(layer).forward is not _apply:
                 layer.__class__ = _adapted(type(layer))
@@ -139,7 +169,8 @@ class Backbone:
         self._activate(None)
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by full name, found by the adapter's name and never by ``requires_grad``."""
+        """The adapter's parameters by full name, found by the adapter's name and never by
+        ``requires_grad``."""
         return {name: p for name, p in self.network.named_parameters() if f".{role}." in name}
 
     def lora_state(self, role: str) -> dict[str, Tensor]:
@@ -155,7 +186,9 @@ class Backbone:
     @contextmanager
     def role(self, role: str) -> Iterator[None]:
         """Plays a role. Every graph built inside must be walked inside."""
-        assert self.playing is None, f"role {role} inside role {self.playing}: a graph belongs to one role"
+        assert self.playing is None, (
+            f"role {role} inside role {self.playing}: a graph belongs to one role"
+        )
         assert role == TEACHER or role in self.configs, f"no role {role}"
         self.playing = role
         self._activate(None if role == TEACHER else role)
@@ -171,10 +204,11 @@ class Backbone:
         for name, p in self.parameters(role).items():
             p.copy_(weights[name])
 
-    # --------------------------------------------------------------------------------------------------------------- passes
+    # ---- passes
 
     def __call__(self, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction of the role that is on. float32 in and out; this is the one place that casts.
+        """The prediction of the role that is on. float32 in and out; this is the one place that
+        casts.
 
         Args:
             z: float32 [B, C, H, W].
@@ -186,7 +220,8 @@ class Backbone:
         return self.call(self.network, z.to(self.dtype), t.to(self.device), cast).float()
 
     def features(self, z: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-        """Outputs of the tapped modules, float32, first to last; the forward stops at the last tap."""
+        """Outputs of the tapped modules, float32, first to last; the forward stops at the last
+        tap."""
         assert self._taps, "this backbone has no taps"
         self._features = []
         try:
@@ -198,10 +233,18 @@ class Backbone:
         return features
 
     def reached(self, z: Tensor, t: Tensor, conditioning: Conditioning) -> list[str]:
-        """Names of the linear and convolution layers a critic's forward goes through, up to the last tap."""
+        """Names of the linear and convolution layers a critic's forward goes through, up to the
+        last tap."""
         names: list[str] = []
-        layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        hooks = [m.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, m in layers]
+        layers = [
+            (name, m)
+            for name, m in self.network.named_modules()
+            if isinstance(m, nn.Linear | nn.Conv2d)
+        ]
+        hooks = [
+            m.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+            for name, m in layers
+        ]
         try:
             self.features(z, t, conditioning)
         finally:

@@ -11,7 +11,9 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, *, total: int | None = None, initial: int = 0) -> tqdm[T]:
+def track(
+    items: Iterable[T], description: str, *, total: int | None = None, initial: int = 0
+) -> tqdm[T]:
     """Wraps ``items``; in a log file rather than a terminal the bar comes once in 15 seconds."""
     return tqdm(
         items,
@@ -19,5 +21,6 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, ini
         total=total,
         initial=initial,
         mininterval=0.2 if sys.stderr.isatty() else 15,
-        bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} left{postfix}]",
+        bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} "
+        "left{postfix}]",
     )

@@ -1,4 +1,5 @@
-"""Prompts out of files and hub data sets, and what is to be said about them before they are used."""
+"""Prompts out of files and hub data sets, and what is to be said about them before they are
+used."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class PromptList:
 
 @dataclass(frozen=True)
 class _Row:
-    """What a source holds in one place: ``where`` names it in errors, ``name`` is the text's column."""
+    """What a source holds in one place: ``where`` names it in errors, ``name`` is the text's
+    column."""
 
     where: str
     name: str
@@ -61,7 +63,8 @@ def is_hub(source: str | Path) -> bool:
 
 
 def read_prompts(source: str | Path) -> PromptList:
-    """Reads prompts from a .txt, .csv, .tsv, .jsonl or .parquet file, or from ``hub:OWNER/NAME[@REVISION][:SPLIT]``.
+    """Reads prompts from a .txt, .csv, .tsv, .jsonl or .parquet file, or from
+    ``hub:OWNER/NAME[@REVISION][:SPLIT]``.
 
     Raises:
         UserError: there is no such source, or something in it is no prompt; the line says where.
@@ -73,7 +76,9 @@ def read_prompts(source: str | Path) -> PromptList:
         if not file.is_file():
             raise UserError(f"there is no prompt file {file}")
         if file.suffix.lower() not in _READERS:
-            raise UserError(f"{file}: prompts are read from {', '.join(_READERS)} files and from hub:OWNER/NAME")
+            raise UserError(
+                f"{file}: prompts are read from {', '.join(_READERS)} files and from hub:OWNER/NAME"
+            )
         rows = _READERS[file.suffix.lower()](file)
     every = [_prompt(row) for row in rows]
     if not every:
@@ -117,7 +122,8 @@ def _seed(value: object) -> int | None:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The names of the text's column and of the seed's, if there is one, as the source writes them."""
+    """The names of the text's column and of the seed's, if there is one, as the source writes
+    them."""
 
     text: str
     seed: str | None
@@ -135,15 +141,19 @@ def _columns(where: str, names: Sequence[str]) -> _Columns:
     text = next((known[column] for column in COLUMNS if column in known), None)
     if text is None:
         there = ", ".join(names) or "none"
-        raise UserError(f"{where}: no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; there are: {there}")
+        raise UserError(
+            f"{where}: no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; there are: {there}"
+        )
     return _Columns(text, known.get("seed"))
 
 
 def _row(where: str, record: Mapping[str, Any], columns: _Columns) -> _Row:
-    return _Row(where, columns.text, record[columns.text], record[columns.seed] if columns.seed else None)
+    return _Row(
+        where, columns.text, record[columns.text], record[columns.seed] if columns.seed else None
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- text files
+# ---- text files
 
 
 def _text(file: Path) -> str:
@@ -172,7 +182,9 @@ def _jsonl_rows(file: Path) -> Iterator[_Row]:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where}: this is not JSON ({str(error).split(': line')[0]})") from None
+            raise UserError(
+                f"{where}: this is not JSON ({str(error).split(': line')[0]})"
+            ) from None
         if isinstance(value, str):
             yield _Row(where, "prompt", value)
         elif isinstance(value, Mapping):
@@ -182,7 +194,8 @@ def _jsonl_rows(file: Path) -> Iterator[_Row]:
 
 
 def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """Where a row begins, and its cells. Strict: a quote that is never closed would quietly cost the rest of the file."""
+    """Where a row begins, and its cells. Strict: a quote that is never closed would quietly cost
+    the rest of the file."""
     reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
@@ -210,7 +223,8 @@ def _table_rows(file: Path) -> Iterator[_Row]:
         yield _row(where, dict(zip(header, cells, strict=True)), columns)
 
 
-# ------------------------------------------------------------------------------------------------- with the package's extras
+# ----
+# with the package's extras
 
 
 def _needed(module: str, source: object) -> Any:
@@ -222,7 +236,9 @@ def _needed(module: str, source: object) -> Any:
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UserError(f"{source} needs {package} to be read; install it: pip install 'rapm[data]'") from None
+        raise UserError(
+            f"{source} needs {package} to be read; install it: pip install 'rapm[data]'"
+        ) from None
 
 
 def _parquet_rows(file: Path) -> Iterator[_Row]:
@@ -231,29 +247,43 @@ def _parquet_rows(file: Path) -> Iterator[_Row]:
     try:
         with parquet.ParquetFile(file) as table:
             columns = _columns(str(file), table.schema_arrow.names)
-            records = (record for batch in table.iter_batches(columns=columns.named()) for record in batch.to_pylist())
+            records = (
+                record
+                for batch in table.iter_batches(columns=columns.named())
+                for record in batch.to_pylist()
+            )
             for number, record in enumerate(records, start=1):
                 yield _row(f"{file} row {number}", record, columns)
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {first_line(error)}") from None
 
 
-_HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:]+))?(:(?P<split>.+))?", re.ASCII)
+_HUB_NAME = re.compile(
+    r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:]+))?(:(?P<split>.+))?", re.ASCII
+)
 
 
 def _hub_rows(source: str) -> Iterator[_Row]:
     """By ``datasets`` from 4.0 on alone, which runs no code out of a data set; older ones may."""
     match = _HUB_NAME.fullmatch(source)
     if not match:
-        raise UserError(f"{source}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME:SPLIT")
+        raise UserError(
+            f"{source}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME@REVISION or "
+            f"hub:OWNER/NAME:SPLIT"
+        )
     datasets = _needed("datasets", source)
     if int(datasets.__version__.split(".")[0]) < 4:
         raise UserError(
-            f"{source} needs datasets 4.0 or newer, not {datasets.__version__}; install it: pip install 'rapm[data]'"
+            f"{source} needs datasets 4.0 or newer, not {datasets.__version__}; install it: pip "
+            f"install 'rapm[data]'"
         )
     try:
-        table = datasets.load_dataset(match["name"], revision=match["revision"], split=match["split"] or "train")
-    except Exception as error:  # of the hub, the network or a damaged file: they have no base in common
+        table = datasets.load_dataset(
+            match["name"], revision=match["revision"], split=match["split"] or "train"
+        )
+    except (
+        Exception
+    ) as error:  # of the hub, the network or a damaged file: they have no base in common
         raise UserError(f"{source} cannot be loaded: {first_line(error)}") from None
     columns = _columns(source, table.column_names)
     for number, record in enumerate(table.select_columns(columns.named()), start=1):
@@ -268,26 +298,38 @@ _READERS = {
     ".parquet": _parquet_rows,
 }
 
-# -------------------------------------------------------------------------------------------------------------------- report
+# ---- report
 
 
 def token_limit(tokenizers: Sequence[Any]) -> int:
-    """How many tokens of a prompt a teacher with these tokenizers sees: 77, or fewer where one of them says so."""
+    """How many tokens of a prompt a teacher with these tokenizers sees: 77, or fewer where one of
+    them says so."""
     return min(MOST_TOKENS, *(tokenizer.model_max_length for tokenizer in tokenizers))
 
 
 def count_longer(texts: Sequence[str], tokenizers: Sequence[Any], limit: int) -> int:
-    """How many texts have more than ``limit`` tokens, start and end marks included, by any of the tokenizers."""
-    lengths = [[len(ids) for ids in tokenizer(list(texts), truncation=False).input_ids] for tokenizer in tokenizers]
+    """How many texts have more than ``limit`` tokens, start and end marks included, by any of the
+    tokenizers."""
+    lengths = [
+        [len(ids) for ids in tokenizer(list(texts), truncation=False).input_ids]
+        for tokenizer in tokenizers
+    ]
     return sum(max(each) > limit for each in zip(*lengths, strict=True))
 
 
 def report(prompts: PromptList, used: int, longer: int, limit: int) -> str:
-    """One line about prompts of which at most ``used`` are used, and ``longer`` of these have more tokens than ``limit``."""
+    """One line about prompts of which at most ``used`` are used, and ``longer`` of these have more
+    tokens than ``limit``."""
     number = len(prompts.prompts)
-    parts = [f"{number:,} prompt{'s' * (number > 1)}" + (f", of which the first {used:,} are used" if number > used else "")]
+    parts = [
+        f"{number:,} prompt{'s' * (number > 1)}"
+        + (f", of which the first {used:,} are used" if number > used else "")
+    ]
     if prompts.duplicates:
         parts.append(f"{prompts.duplicates:,} duplicate{'s' * (prompts.duplicates > 1)} left out")
     if longer:
-        parts.append(f"{longer:,} longer than {limit} tokens, whose end{'s' * (longer > 1)} the teacher does not see")
+        parts.append(
+            f"{longer:,} longer than {limit} tokens, whose end{'s' * (longer > 1)} the teacher "
+            f"does not see"
+        )
     return "; ".join(parts)

@@ -13,19 +13,22 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.files import complete_or_absent, under_prefix
-from rapm.finding import teacher_of
+from rapm.io import complete_or_absent, under_prefix
+from rapm.models.resolve import teacher_of
+from rapm.models.teacher import Teacher, move
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.objective import Conditioning, Denoiser
 from rapm.run import Run
 from rapm.schedule import Schedule, trailing_timesteps
-from rapm.teacher import Teacher, move
 from rapm.trajectories import check_facts, guided, picture_noise
 
 
 @torch.no_grad()
-def sample(denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Conditioning, num_steps: int) -> Tensor:
-    """Deterministic DDIM from noise z to the end in ``num_steps`` trailing steps. All [B, C, H, W], float32."""
+def sample(
+    denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Conditioning, num_steps: int
+) -> Tensor:
+    """Deterministic DDIM from noise z to the end in ``num_steps`` trailing steps. All [B, C, H, W],
+    float32."""
     for t, s in pairwise(trailing_timesteps(num_steps, schedule.num_train_timesteps)):
         z = schedule.step(z, denoiser(z, torch.full((len(z),), t), conditioning), t, s)
     return z
@@ -34,8 +37,8 @@ def sample(denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Cond
 class Studio:
     """A teacher and, if there is one, its student, to draw pictures with.
 
-    Text encoders and VAE are loaded when the first prompt or picture asks for them; the encoders are on the GPU only while
-    they encode.
+    Text encoders and VAE are loaded when the first prompt or picture asks for them; the encoders
+    are on the GPU only while they encode.
 
     Args:
         backbone: the teacher's network; with a student's role or without.
@@ -66,22 +69,35 @@ class Studio:
     @cached_property
     def _pictures(self) -> Any:
         half = self.backbone.dtype == torch.float16  # where SDXL's VAE overflows
-        return self.teacher.load(["vae"], torch.float32 if half else self.backbone.dtype, str(self.backbone.device))
+        return self.teacher.load(
+            ["vae"], torch.float32 if half else self.backbone.dtype, str(self.backbone.device)
+        )
 
     def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
         """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...]."""
         texts, family = move(self._texts, self.backbone.device), self.teacher.family
         try:
-            sizes = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in self._of_size.items()}
-            return family.encode(texts, prompts) | sizes, family.unconditional(texts, self.negative_prompt)
+            sizes = {
+                name: value.expand(len(prompts), *value.shape[1:])
+                for name, value in self._of_size.items()
+            }
+            return family.encode(texts, prompts) | sizes, family.unconditional(
+                texts, self.negative_prompt
+            )
         finally:
             move(texts, "cpu")
 
     @torch.no_grad()
     def latents(
-        self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int | None = None
+        self,
+        role: str,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        num_steps: int,
+        batch_size: int | None = None,
     ) -> Tensor:
-        """Latents [n, C, h, w] of prompt i from the noise of seed i, by the teacher (guided) or the student (guidance 1)."""
+        """Latents [n, C, h, w] of prompt i from the noise of seed i, by the teacher (guided) or the
+        student (guidance 1)."""
         side_by_side = batch_size or self.batch_size
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
         conditioning, unconditional = self.encode(prompts)
@@ -92,11 +108,24 @@ class Studio:
             for start in range(0, len(z), side_by_side):
                 rows = slice(start, start + side_by_side)
                 own = {name: value[rows] for name, value in conditioning.items()}
-                done.append(sample(denoiser, self.teacher.schedule, z[rows].to(self.backbone.device), own, num_steps))
+                done.append(
+                    sample(
+                        denoiser,
+                        self.teacher.schedule,
+                        z[rows].to(self.backbone.device),
+                        own,
+                        num_steps,
+                    )
+                )
         return torch.cat(done)
 
     def images(
-        self, role: str, prompts: Sequence[str], seeds: Iterable[int], num_steps: int, batch_size: int | None = None
+        self,
+        role: str,
+        prompts: Sequence[str],
+        seeds: Iterable[int],
+        num_steps: int,
+        batch_size: int | None = None,
     ) -> Tensor:
         """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
         return self.decode(self.latents(role, prompts, seeds, num_steps, batch_size))
@@ -107,21 +136,33 @@ class Studio:
 
 
 def open_studio(run: Run, *, student: bool = True) -> Studio:
-    """Loads what a run's pictures take: its teacher's network and, unless told not to, its trained student.
+    """Loads what a run's pictures take: its teacher's network and, unless told not to, its trained
+    student.
 
     Raises:
-        UserError: the run's teacher is gone or another than it was, or the run has no checkpoint yet.
+        UserError: the run's teacher is gone or another than it was, or the run has no checkpoint
+            yet.
     """
     config = run.config
     step, state = run.load_checkpoint() if student else (0, {})
     if student and not step:
-        raise UserError(f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'")
+        raise UserError(
+            f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'"
+        )
     teacher = teacher_of(config)
-    check_facts(run.trajectories, {"teacher": teacher.fingerprint})  # another network's student would be drawn
+    check_facts(
+        run.trajectories, {"teacher": teacher.fingerprint}
+    )  # another network's student would be drawn
     family = teacher.family
-    backbone = Backbone(teacher.load_network(config.torch_dtype, config.torch_device), family.call, family.lora_targets)
+    backbone = Backbone(
+        teacher.load_network(config.torch_dtype, config.torch_device),
+        family.call,
+        family.lora_targets,
+    )
     if student:
-        backbone.add_role(STUDENT, config.student.rank, config.student.targets or family.lora_targets, 0)
+        backbone.add_role(
+            STUDENT, config.student.rank, config.student.targets or family.lora_targets, 0
+        )
         backbone.load(STUDENT, under_prefix("average", state))
     settings = config.trajectories
     return Studio(
@@ -140,12 +181,15 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def sheet(rows: Sequence[tuple[str, Tensor]], file: Path, min_side: int = 128) -> None:
-    """Writes a PNG: a row of pictures for each (title, images [n, 3, H, W] in [-1, 1]), the title above it."""
+    """Writes a PNG: a row of pictures for each (title, images [n, 3, H, W] in [-1, 1]), the title
+    above it."""
     scale = max(1, min_side // rows[0][1].shape[-1])
     height, width = (size * scale for size in rows[0][1].shape[-2:])
     gap, title = 4, 22
     columns = max(len(images) for _, images in rows)
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + title) + gap), "white")
+    canvas = Image.new(
+        "RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + title) + gap), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for r, (text, images) in enumerate(rows):
         top = r * (height + gap + title) + gap

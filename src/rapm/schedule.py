@@ -2,11 +2,14 @@
 
 Conventions, valid in the whole library:
 
-- ``z_t = alpha_t x0 + sigma_t eps``; alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_bar_t) in DDPM-style
-  teachers. Latents are in the scale the network sees (the VAE's scaling factor is already applied).
-- Time is the network's own integer timestep, 0 <= t < T (T = 1000 in all known teachers), and sampling runs from high to low.
-  ``END = -1`` is the end of sampling; what alpha_bar is there is the scheduler's choice (``set_alpha_to_one``).
-- Slots and coarse timesteps are numbered as in docs/method.md: t_N > ... > t_0 = END, and slot n leads from t_{n+1} to t_n.
+- ``z_t = alpha_t x0 + sigma_t eps``; alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 -
+  alpha_bar_t) in DDPM-style teachers. Latents are in the scale the network sees (the VAE's scaling
+  factor is already applied).
+- Time is the network's own integer timestep, 0 <= t < T (T = 1000 in all known teachers), and
+  sampling runs from high to low. ``END = -1`` is the end of sampling; what alpha_bar is there is
+  the scheduler's choice (``set_alpha_to_one``).
+- Slots and coarse timesteps are numbered as in docs/method.md: t_N > ... > t_0 = END, and slot n
+  leads from t_{n+1} to t_n.
 - Tables are float64, positions and steps float32, whatever the network computes in.
 """
 
@@ -26,7 +29,9 @@ def _at(table: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
     """table[t + 1] as float32 that broadcasts over ``like`` [B, ...]."""
     t = torch.as_tensor(t, device="cpu")
     values = table[t + 1].to(like.device, torch.float32)
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    return (
+        values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    )
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Schedule:
     """What a network was trained with.
 
     Attributes:
-        alpha_bar: float64 [T + 1]; entry t + 1 belongs to timestep t, entry 0 to the end of sampling.
+        alpha_bar: float64 [T + 1]; entry t + 1 belongs to timestep t, entry 0 to the end of
+            sampling.
         prediction_type: what the network predicts (diffusers' names).
     """
 
@@ -42,8 +48,14 @@ class Schedule:
     prediction_type: PredictionType = "epsilon"
 
     @classmethod
-    def of(cls, alphas_cumprod: Tensor, final_alpha_cumprod: Tensor | float, prediction_type: PredictionType) -> Schedule:
-        """From a diffusers scheduler's ``alphas_cumprod`` [T], ``final_alpha_cumprod`` and ``config.prediction_type``."""
+    def of(
+        cls,
+        alphas_cumprod: Tensor,
+        final_alpha_cumprod: Tensor | float,
+        prediction_type: PredictionType,
+    ) -> Schedule:
+        """From a diffusers scheduler's ``alphas_cumprod`` [T], ``final_alpha_cumprod`` and
+        ``config.prediction_type``."""
         final = torch.as_tensor(final_alpha_cumprod, dtype=torch.float64).reshape(1)
         return cls(torch.cat([final, alphas_cumprod.to("cpu", torch.float64)]), prediction_type)
 
@@ -52,7 +64,8 @@ class Schedule:
         return len(self.alpha_bar) - 1
 
     def alpha(self, t: Tensor | int, like: Tensor) -> Tensor:
-        """alpha_t, float32, broadcastable over ``like`` [B, ...]; t is an int or int [B], END <= t < T."""
+        """alpha_t, float32, broadcastable over ``like`` [B, ...]; t is an int or int [B], END <= t
+        < T."""
         return _at(self.alpha_bar.sqrt(), t, like)
 
     def sigma(self, t: Tensor | int, like: Tensor) -> Tensor:
@@ -60,7 +73,8 @@ class Schedule:
         return _at((1 - self.alpha_bar).sqrt(), t, like)
 
     def x0_and_eps(self, z: Tensor, prediction: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Splits a position into the clean latent and the noise that the prediction says it is made of. All [B, C, H, W]."""
+        """Splits a position into the clean latent and the noise that the prediction says it is made
+        of. All [B, C, H, W]."""
         a, s = self.alpha(t, z), self.sigma(t, z)
         if self.prediction_type == "epsilon":
             return (z - s * prediction) / a, prediction
@@ -69,7 +83,8 @@ class Schedule:
         return prediction, (z - a * prediction) / s
 
     def step(self, z: Tensor, prediction: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
-        """One deterministic DDIM step (arXiv 2010.02502, eq. 12 with eta = 0) from timestep t to timestep s.
+        """One deterministic DDIM step (arXiv 2010.02502, eq. 12 with eta = 0) from timestep t to
+        timestep s.
 
         Args:
             z: position at t, float32 [B, C, H, W].
@@ -84,7 +99,8 @@ class Schedule:
         return self.alpha(s, z) * x0 + self.sigma(s, z) * eps
 
     def renoise(self, z: Tensor, t: Tensor | int, s: Tensor | int, noise: Tensor) -> Tensor:
-        """Takes a position at t up to the noise level of s >= t along the forward process (arXiv 2405.18407, sec. 3.4).
+        """Takes a position at t up to the noise level of s >= t along the forward process (arXiv
+        2405.18407, sec. 3.4).
 
         Given z_t, z_s ~ N(alpha_s / alpha_t z_t, sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2).
         """
@@ -95,7 +111,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Grid:
-    """The timesteps of a distillation: N slots of M fine steps each, "trailing" spacing as in diffusers.
+    """The timesteps of a distillation: N slots of M fine steps each, "trailing" spacing as in
+    diffusers.
 
     Attributes:
         slots: N, the student's number of steps.
@@ -114,14 +131,19 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.fine_steps < 1:
-            raise ValueError(f"N and M must be at least 1, not N = {self.slots}, M = {self.fine_steps}")
+            raise ValueError(
+                f"N and M must be at least 1, not N = {self.slots}, M = {self.fine_steps}"
+            )
         if self.slots * self.fine_steps > self.num_train_timesteps:
             raise ValueError(
-                f"N x M = {self.slots * self.fine_steps} fine steps do not fit into {self.num_train_timesteps} timesteps; "
+                f"N x M = {self.slots * self.fine_steps} fine steps do not fit into "
+                f"{self.num_train_timesteps} timesteps; "
                 f"lower M to {self.num_train_timesteps // self.slots} or less"
             )
         if not 1 <= self.delta <= self.fine_steps:
-            raise ValueError(f"delta must be from 1 to M = {self.fine_steps} fine steps, not {self.delta}")
+            raise ValueError(
+                f"delta must be from 1 to M = {self.fine_steps} fine steps, not {self.delta}"
+            )
 
     @property
     def fine(self) -> list[int]:
@@ -138,12 +160,22 @@ class Grid:
 
 
 def trailing_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> list[int]:
-    """The timesteps of ``num_steps`` sampling steps, "trailing" as in diffusers, with END appended: 999, 749, 499, 249, -1.
+    """The timesteps of ``num_steps`` sampling steps, "trailing" as in diffusers, with END appended:
+    999, 749, 499, 249, -1.
 
     Raises:
         ValueError: fewer than 1 step or more than there are timesteps.
     """
     if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"the number of steps must be from 1 to {num_train_timesteps}, not {num_steps}")
+        raise ValueError(
+            f"the number of steps must be from 1 to {num_train_timesteps}, not {num_steps}"
+        )
     steps = torch.arange(num_steps, dtype=torch.float64)
-    return [*(num_train_timesteps - steps * num_train_timesteps / num_steps).round().long().sub(1).tolist(), END]
+    return [
+        *(num_train_timesteps - steps * num_train_timesteps / num_steps)
+        .round()
+        .long()
+        .sub(1)
+        .tolist(),
+        END,
+    ]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rapm.config import Config, Kind
-from rapm.critic import Heads
+from rapm.discriminator import Heads
 from rapm.errors import NonFinite, UserError
-from rapm.files import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
+from rapm.io import load_optimizer_tensors, optimizer_tensors, under_prefix, with_prefix
 from rapm.network import ABSOLUTE_CRITIC, RELATIVE_CRITIC, STUDENT, TEACHER, Backbone
 from rapm.objective import (
     Conditioning,
@@ -59,7 +59,12 @@ class Batch:
     def rows(self, rows: slice) -> Batch:
         """Some of the trajectories."""
         conditioning = {name: value[rows] for name, value in self.conditioning.items()}
-        return Batch(self.coarse[rows], self.nudged[rows], conditioning, self.ahead and self.ahead.of(self.ahead.slots, rows))
+        return Batch(
+            self.coarse[rows],
+            self.nudged[rows],
+            conditioning,
+            self.ahead and self.ahead.of(self.ahead.slots, rows),
+        )
 
 
 def _adamw8bit() -> Any:
@@ -67,7 +72,8 @@ def _adamw8bit() -> Any:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError(
-            "training.optimizer = 'adamw8bit' takes bitsandbytes; install it with: pip install bitsandbytes"
+            "training.optimizer = 'adamw8bit' takes bitsandbytes; install it with: pip install "
+            "bitsandbytes"
         ) from None
     return AdamW8bit
 
@@ -92,13 +98,16 @@ class Learner:
         given: dict[str, Any] = {"lr": rate, "betas": betas, "weight_decay": decay}
         self.optimizer: torch.optim.Optimizer
         if optimizer == "adamw":
-            fused = True if backbone.device.type != "meta" else None  # on meta nothing is stepped, but planned
+            fused = (
+                True if backbone.device.type != "meta" else None
+            )  # on meta nothing is stepped, but planned
             self.optimizer = torch.optim.AdamW(self.parameters.values(), **given, fused=fused)
         else:
             self.optimizer = _adamw8bit()(self.parameters.values(), **given)
 
     def clip(self, iteration: int, loss: float, clip: float) -> float:
-        """Takes the loss scale off its gradients, clips them and returns their norm before clipping.
+        """Takes the loss scale off its gradients, clips them and returns their norm before
+        clipping.
 
         Raises:
             NonFinite: loss or gradient is not a number; nothing was changed.
@@ -110,8 +119,10 @@ class Learner:
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFinite(
-                f"the {self.role}'s loss ({loss:.4g}) or gradient ({norm:.4g}) is not finite at iteration {iteration}; "
-                "nothing was updated, and earlier checkpoints are kept: try a lower learning_rate, or precision bfloat16 or "
+                f"the {self.role}'s loss ({loss:.4g}) or gradient ({norm:.4g}) is not finite at "
+                f"iteration {iteration}; "
+                "nothing was updated, and earlier checkpoints are kept: try a lower learning_rate, "
+                "or precision bfloat16 or "
                 "float32, with another --out"
             )
         return norm
@@ -124,12 +135,16 @@ class Learner:
 
     def room_for_state(self) -> list[Tensor]:
         """As many bytes as its optimiser will hold beyond what it holds."""
-        dtype = torch.float32 if isinstance(self.optimizer, torch.optim.AdamW) else torch.uint8  # two moments
+        dtype = (
+            torch.float32 if isinstance(self.optimizer, torch.optim.AdamW) else torch.uint8
+        )  # two moments
         lacking = [p for p in self.parameters.values() if p not in self.optimizer.state]
         return [torch.zeros(2, *p.shape, dtype=dtype, device=p.device) for p in lacking]
 
     def state(self) -> dict[str, Tensor]:
-        return with_prefix("weights", self.parameters) | with_prefix("optimizer", optimizer_tensors(self.optimizer))
+        return with_prefix("weights", self.parameters) | with_prefix(
+            "optimizer", optimizer_tensors(self.optimizer)
+        )
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -152,16 +167,24 @@ class Players:
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         training = self.config.training
-        return pseudo_huber(a, b, training.huber_c) if training.distance == "pseudo_huber" else squared(a, b)
+        return (
+            pseudo_huber(a, b, training.huber_c)
+            if training.distance == "pseudo_huber"
+            else squared(a, b)
+        )
 
     def slot_weight(self, kind: Kind, slots: list[int], batch: int) -> Tensor:
-        """The weight of each row of a group of slots, [k B], with 1 / (N B) in it: losses are means over slots and batch."""
+        """The weight of each row of a group of slots, [k B], with 1 / (N B) in it: losses are means
+        over slots and batch."""
         weights = self.config.slot_weights(kind)
         rows = torch.tensor([weights[n] for n in slots]).repeat_interleave(batch)
         return rows.to(self.backbone.device) / (self.grid.slots * batch)
 
-    def positions(self, slots: list[int], z: Tensor, batch: Batch, relayed: Tensor | None = None) -> Positions:
-        """Where the student starts in each slot of a group, and what it is compared with there. Called outside of any role.
+    def positions(
+        self, slots: list[int], z: Tensor, batch: Batch, relayed: Tensor | None = None
+    ) -> Positions:
+        """Where the student starts in each slot of a group, and what it is compared with there.
+        Called outside of any role.
 
         Args:
             relayed: the nudged positions of a relay, where they are known already.
@@ -182,13 +205,20 @@ class Players:
                 with backbone.role(STUDENT):
                     start, nudged = relay(backbone, schedule, grid, slots, z, batch.conditioning)
             with backbone.role(TEACHER):
-                absolute = follow(teacher, schedule, grid, slots, nudged, conditioning, nudged=True)[1]
+                absolute = follow(
+                    teacher, schedule, grid, slots, nudged, conditioning, nudged=True
+                )[1]
         else:
             with backbone.role(STUDENT):
                 start = starts(backbone, schedule, grid, slots, [z], batch.conditioning)
-            # In the first slot the student stands where the stored trajectory begins: the teacher has been there already.
+            # In the first slot the student stands where the stored trajectory begins: the teacher
+            # has been there already.
             done = len(z) if slots[0] == grid.slots - 1 else 0
-            nudged, absolute, later = batch.nudged[:done, -1], batch.coarse[:done, -2], slots[done // len(z) :]
+            nudged, absolute, later = (
+                batch.nudged[:done, -1],
+                batch.coarse[:done, -2],
+                slots[done // len(z) :],
+            )
             if later:
                 own = {name: value[done:] for name, value in conditioning.items()}
                 with backbone.role(TEACHER):
@@ -200,12 +230,17 @@ class Players:
         return Positions(slots, start, nudged, absolute, conditioning)
 
     def reached(self, slots: list[int], z: Tensor, batch: Batch) -> tuple[Positions, Tensor]:
-        """The positions of a group of slots, and where the student's steps from there lead, [k B, C, H, W]. Called outside of
-        any role; the graph of these steps is to be walked in the student's."""
+        """The positions of a group of slots, and where the student's steps from there lead, [k B,
+        C, H, W]. Called outside of any role; the graph of these steps is to be walked in the
+        student's."""
         backbone, schedule, grid = self.backbone, self.schedule, self.grid
         if self.config.training.positions == "relayed" and len(slots) == 1 and not batch.ahead:
-            with backbone.role(STUDENT):  # one pass for where the teacher takes over and for what learns
-                nudged, z_phi = relayed_step(backbone, schedule, grid, slots[0], z, batch.conditioning)
+            with backbone.role(
+                STUDENT
+            ):  # one pass for where the teacher takes over and for what learns
+                nudged, z_phi = relayed_step(
+                    backbone, schedule, grid, slots[0], z, batch.conditioning
+                )
             return self.positions(slots, z, batch, nudged.detach()), z_phi
         at = self.positions(slots, z, batch)
         with backbone.role(STUDENT):
@@ -218,12 +253,16 @@ class Players:
     def renoising(self, shape: Sequence[int], generator: torch.Generator) -> Renoising:
         """What a critic is shown a batch of (B, C, H, W) under."""
         critics = self.config.critics
-        return Renoising.draw(self.grid, shape, generator, shared=critics.noise == "shared", power=critics.noise_power)
+        return Renoising.draw(
+            self.grid, shape, generator, shared=critics.noise == "shared", power=critics.noise_power
+        )
 
     def critic_loss(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
         return (hinge_critic if self.config.critics.loss == "hinge" else relativistic)(real, fake)
 
-    def logits(self, role: str, shown: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    def logits(
+        self, role: str, shown: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
         """What a critic says of re-noised positions. Called inside its role."""
         heads = self.critics[role].heads
         assert heads is not None
@@ -235,21 +274,27 @@ KIND: dict[str, Kind] = {RELATIVE_CRITIC: "relative", ABSOLUTE_CRITIC: "absolute
 
 @dataclass(frozen=True)
 class Walked:
-    """Where the student came to in a group of slots, [k B, C, H, W], without a graph, and what it is compared with there."""
+    """Where the student came to in a group of slots, [k B, C, H, W], without a graph, and what it
+    is compared with there."""
 
     at: Positions
     reached: Tensor
 
 
 def walk_ahead(players: Players, batch: Batch) -> list[Batch]:
-    """The batches of ``training.walk_ahead`` iterations, whose trajectories lie one after the other in ``batch``.
+    """The batches of ``training.walk_ahead`` iterations, whose trajectories lie one after the other
+    in ``batch``.
 
-    Of several iterations the positions are found here, side by side, with the student as it is now; of a single one on its way.
+    Of several iterations the positions are found here, side by side, with the student as it is now;
+    of a single one on its way.
     """
     training, every = players.config.training, list(range(players.grid.slots - 1, -1, -1))
     if training.walk_ahead > 1:
         batch = replace(batch, ahead=players.positions(every, batch.coarse[:, -1], batch))
-    return [batch.rows(slice(k, k + training.batch_size)) for k in range(0, len(batch.coarse), training.batch_size)]
+    return [
+        batch.rows(slice(k, k + training.batch_size))
+        for k in range(0, len(batch.coarse), training.batch_size)
+    ]
 
 
 @torch.no_grad()
@@ -263,11 +308,15 @@ def walk(players: Players, batch: Batch) -> list[Walked]:
     return found
 
 
-def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoising]) -> tuple[dict[str, float], list[Walked]]:
-    """Accumulates the student's gradient over the slots, from high noise to low. Returns losses to log and the way it went, so
-    that critics can learn from that next without a pass of the student's or the teacher's.
+def student_turn(
+    players: Players, batch: Batch, renoising: Mapping[str, Renoising]
+) -> tuple[dict[str, float], list[Walked]]:
+    """Accumulates the student's gradient over the slots, from high noise to low. Returns losses to
+    log and the way it went, so that critics can learn from that next without a pass of the
+    student's or the teacher's.
 
-    Every graph lives in one role: the losses' gradient with respect to the student's positions is found first, each critic's in
+    Every graph lives in one role: the losses' gradient with respect to the student's positions is
+        found first, each critic's in
     the critic's role, then carried through the student's own graph.
     """
     backbone, device = players.backbone, players.backbone.device
@@ -287,7 +336,9 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
             if role in renoising:
                 t, real_noise, fake_noise = renoising[role].of(slots, device)
                 with backbone.role(role):
-                    fake = players.logits(role, players.shown(slots, leaf, t, fake_noise), t, at.conditioning)
+                    fake = players.logits(
+                        role, players.shown(slots, leaf, t, fake_noise), t, at.conditioning
+                    )
                     if players.config.critics.loss == "hinge":
                         adversarial = hinge_student(fake)
                     else:
@@ -309,7 +360,9 @@ def student_turn(players: Players, batch: Batch, renoising: Mapping[str, Renoisi
     return sums, found
 
 
-def critic_turn(players: Players, walked: Sequence[Walked], renoising: Mapping[str, Renoising]) -> dict[str, float]:
+def critic_turn(
+    players: Players, walked: Sequence[Walked], renoising: Mapping[str, Renoising]
+) -> dict[str, float]:
     """Accumulates both critics' gradients over the slots. Returns losses and margins to log."""
     backbone, device = players.backbone, players.backbone.device
     sums: dict[str, float] = {}
@@ -319,14 +372,24 @@ def critic_turn(players: Players, walked: Sequence[Walked], renoising: Mapping[s
             real = at.relative if role == RELATIVE_CRITIC else at.absolute
             t, real_noise, fake_noise = draws.of(at.slots, device)
             with backbone.role(role):
-                shown = torch.cat([players.shown(at.slots, real, t, real_noise), players.shown(at.slots, fake, t, fake_noise)])
+                shown = torch.cat(
+                    [
+                        players.shown(at.slots, real, t, real_noise),
+                        players.shown(at.slots, fake, t, fake_noise),
+                    ]
+                )
                 logits = players.logits(role, shown, torch.cat([t, t]), repeat(at.conditioning, 2))
                 real_logits, fake_logits = zip(*(x.chunk(2) for x in logits), strict=True)
                 share = len(at.slots) / (players.grid.slots * len(fake))
                 loss = share * players.critic_loss(real_logits, fake_logits).sum()
                 (backbone.loss_scale * loss).backward()
-            for name, value in (("critic", loss), ("margin", share * margin(real_logits, fake_logits).sum())):
-                sums[f"{KIND[role]}_{name}"] = sums.get(f"{KIND[role]}_{name}", 0.0) + float(value.detach())
+            for name, value in (
+                ("critic", loss),
+                ("margin", share * margin(real_logits, fake_logits).sum()),
+            ):
+                sums[f"{KIND[role]}_{name}"] = sums.get(f"{KIND[role]}_{name}", 0.0) + float(
+                    value.detach()
+                )
     return sums
 
 
@@ -336,20 +399,29 @@ def critics_play(config: Config, iteration: int) -> bool:
 
 
 def critics_alone(config: Config, iteration: int) -> bool:
-    """Whether an iteration belongs to the critics' head start, in which the student does not learn."""
+    """Whether an iteration belongs to the critics' head start, in which the student does not
+    learn."""
     passed = iteration - _critics_start(config)
-    return critics_play(config, iteration) and passed < config.critics.head_start * config.training.iterations
+    return (
+        critics_play(config, iteration)
+        and passed < config.critics.head_start * config.training.iterations
+    )
 
 
 def _critics_start(config: Config) -> int:
     return math.ceil(config.critics.start * config.training.iterations)
 
 
-def turns(players: Players, batch: Batch, renoising: Mapping[str, Renoising], iteration: int) -> dict[str, float]:
-    """The gradients of one iteration, clipped: the student's, unless critics are alone, and those of the critics that play.
+def turns(
+    players: Players, batch: Batch, renoising: Mapping[str, Renoising], iteration: int
+) -> dict[str, float]:
+    """The gradients of one iteration, clipped: the student's, unless critics are alone, and those
+    of the critics that play.
 
-    Where float16 overflows they are taken again at a sixteenth of the loss scale, and so on down to 1. A scale is a power of
-    two: it changes nothing but what over- and underflows, and the next iteration begins with the whole one again.
+    Where float16 overflows they are taken again at a sixteenth of the loss scale, and so on down to
+    1. A scale is a power of
+    two: it changes nothing but what over- and underflows, and the next iteration begins with the
+        whole one again.
 
     Returns:
         Losses to log.
@@ -357,7 +429,11 @@ def turns(players: Players, batch: Batch, renoising: Mapping[str, Renoising], it
     Raises:
         NonFinite: a loss or gradient is not a number at any scale; nothing was changed.
     """
-    backbone, clip, whole = players.backbone, players.config.training.gradient_clip, players.backbone.loss_scale
+    backbone, clip, whole = (
+        players.backbone,
+        players.config.training.gradient_clip,
+        players.backbone.loss_scale,
+    )
     learners = {role: players.critics[role] for role in renoising}
 
     def taken() -> dict[str, float]:

@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features (FID, arXiv 1706.08500, eq. 6).
+    """Frechet distance of the Gaussians fitted to two sets of features (FID, arXiv 1706.08500, eq.
+    6).
 
-    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the root is the sum of the roots of the eigenvalues of
-    C_a^(1/2) C_b C_a^(1/2), which is symmetric, so no complex numbers arise.
+    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the root is the sum of the
+    roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric, so no complex numbers
+    arise.
 
     Args:
         a, b: features [n, d], n > d for a meaningful covariance.
@@ -25,12 +27,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def pair_distance(a: Tensor, b: Tensor) -> float:
-    """Mean Euclidean distance between row i of a and row i of b, [n, d] each: two seeds of one caption."""
+    """Mean Euclidean distance between row i of a and row i of b, [n, d] each: two seeds of one
+    caption."""
     return float((a - b).norm(dim=1).mean())
 
 
 def sharpness(images: Tensor) -> Tensor:
     """Variance of the Laplacian of the grey picture, [n]; images [n, 3, H, W] in [-1, 1]."""
     grey = images.mean(1, keepdim=True)
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device).reshape(1, 1, 3, 3)
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device).reshape(
+        1, 1, 3, 3
+    )
     return F.conv2d(grey, kernel).flatten(1).var(1)

@@ -1,4 +1,5 @@
-"""The embedded world: scenes rendered by code, a teacher trained on them, an oracle that reads them."""
+"""The embedded world: scenes rendered by code, a teacher trained on them, an oracle that reads
+them."""
 
 from __future__ import annotations
 

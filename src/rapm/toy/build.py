@@ -1,13 +1,16 @@
 """Builds the embedded world from nothing: ``python -m rapm.toy.build --out DIR``.
 
-Stages, each resumable and each skipped when its result is there: render the pools of scenes; train the oracle, the VAE, the
-text encoder and the UNet; write the StableDiffusionPipeline folder and the oracle. ``rapm.toy.score`` measures the result.
-The recipe below is the one that made the shipped weights; docs/toy.md holds its times and final figures.
+Stages, each resumable and each skipped when its result is there: render the pools of scenes; train
+    the oracle, the VAE, the
+text encoder and the UNet; write the StableDiffusionPipeline folder and the oracle.
+``rapm.toy.score`` measures the result. The recipe below is the one that made the shipped weights;
+docs/toy.md holds its times and final figures.
 """
 
-# The libraries' annotations are narrower than what they take (lists of one element, parts that may be left out).
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
-# pyright: reportOptionalSubscript=false, reportOptionalOperand=false, reportOperatorIssue=false
+# The libraries' annotations are narrower than what they take (lists of one element, parts that may
+# be left out). pyright: reportArgumentType=false, reportAttributeAccessIssue=false,
+# reportOptionalMemberAccess=false pyright: reportOptionalSubscript=false,
+# reportOptionalOperand=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import argparse
@@ -27,7 +30,14 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rapm.doctor import cpu_has_bfloat16
-from rapm.files import complete_or_absent, complete_or_absent_folder, load_tensors, save_tensors, write_json, write_text
+from rapm.io import (
+    complete_or_absent,
+    complete_or_absent_folder,
+    load_tensors,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from rapm.toy import GUIDANCE_SCALE
 from rapm.toy.fit import Stage, fit
 from rapm.toy.oracle import DAMAGES, MAX_COUNT, Oracle
@@ -52,7 +62,13 @@ UNET_ROUNDS = {
 }
 
 
-def _fit(name: str, stage: Stage, model: nn.Module, loss_of: Callable[[torch.Generator], Tensor], folder: Path) -> None:
+def _fit(
+    name: str,
+    stage: Stage,
+    model: nn.Module,
+    loss_of: Callable[[torch.Generator], Tensor],
+    folder: Path,
+) -> None:
     fit(name, stage, SEED, model, loss_of, folder / f"{name}.state.safetensors")
 
 
@@ -74,7 +90,7 @@ def _normal(generator: torch.Generator, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the pools
+# ---- the pools
 
 
 def _caption_scene(index: int) -> tuple[np.ndarray, str]:
@@ -85,11 +101,18 @@ def _caption_scene(index: int) -> tuple[np.ndarray, str]:
 def _oracle_scene(index: int) -> tuple[np.ndarray, list[int]]:
     """None to four objects, alike ones too, so that the oracle cannot guess from what is usual."""
     rng = np.random.default_rng((SEED + 1, index))
-    drawn = draw_scene(rng, count_weights=(0.05, 0.25, 0.3, 0.28, 0.12), distinct=rng.random() < 0.8)
-    return render_many([drawn])[0], [GROUNDS.index(drawn.ground), *(thing.kind for thing in drawn.things)]
+    drawn = draw_scene(
+        rng, count_weights=(0.05, 0.25, 0.3, 0.28, 0.12), distinct=rng.random() < 0.8
+    )
+    return render_many([drawn])[0], [
+        GROUNDS.index(drawn.ground),
+        *(thing.kind for thing in drawn.things),
+    ]
 
 
-def _pool(name: str, draw: Callable[[int], tuple[np.ndarray, object]], count: int, folder: Path) -> tuple[np.ndarray, list]:
+def _pool(
+    name: str, draw: Callable[[int], tuple[np.ndarray, object]], count: int, folder: Path
+) -> tuple[np.ndarray, list]:
     images_file, labels_file = folder / f"{name}.npy", folder / f"{name}.json"
     if not labels_file.exists():
         print(f"rendering {count} scenes ({name})", flush=True)
@@ -103,18 +126,26 @@ def _pool(name: str, draw: Callable[[int], tuple[np.ndarray, object]], count: in
 
 def to_tensor(images: np.ndarray, device: str = "cpu") -> Tensor:
     """uint8 [n, H, W, 3] to float [n, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- the oracle
+# ---- the oracle
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of each image by its own sigma [n], in pixels; 0 leaves an image as it is."""
     n, channels, height, width = images.shape
     offsets = torch.arange(-4, 5, device=images.device, dtype=images.dtype)
-    edges = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]) / (sigma.clamp(min=1e-3)[:, None] * math.sqrt(2))
-    kernel = torch.erf(edges).diff(dim=1)  # the Gaussian's share of each pixel; its value at the centre misses small sigmas
+    edges = torch.cat([offsets - 0.5, offsets[-1:] + 0.5]) / (
+        sigma.clamp(min=1e-3)[:, None] * math.sqrt(2)
+    )
+    kernel = torch.erf(edges).diff(
+        dim=1
+    )  # the Gaussian's share of each pixel; its value at the centre misses small sigmas
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
     x = F.pad(images, (4, 4, 4, 4), mode="reflect").reshape(1, n * channels, height + 8, width + 8)
     x = F.conv2d(x, kernel[:, :, :, None], groups=n * channels)
@@ -122,7 +153,8 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def damage(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Damages images as bad sampling does; half of each kind stays whole. Returns them and the amounts [n, 4] in [0, 1]."""
+    """Damages images as bad sampling does; half of each kind stays whole. Returns them and the
+    amounts [n, 4] in [0, 1]."""
     amounts = torch.rand(len(images), len(DAMAGES), generator=generator)
     amounts = (amounts * (torch.rand(amounts.shape, generator=generator) < 0.5)).to(images.device)
     hurt = blur(images, 1.5 * amounts[:, 0])
@@ -149,7 +181,9 @@ def build_oracle(folder: Path, device: str) -> None:
         rows = _pick(generator, len(labels), RECIPE["oracle"].batch)
         hurt, amounts = damage(to_tensor(images[rows.numpy()], device), generator)
         reading, features = oracle(hurt)
-        hidden_kinds = oracle.heads["kinds"](F.silu(features))  # colours and shapes must be in the features too
+        hidden_kinds = oracle.heads["kinds"](
+            F.silu(features)
+        )  # colours and shapes must be in the features too
         target = kinds[rows].to(device)
         return (
             F.cross_entropy(reading.count, count[rows].to(device))
@@ -165,10 +199,12 @@ def build_oracle(folder: Path, device: str) -> None:
     raw = oracle.features(fresh)  # still with mean 0 and deviation 1
     oracle.feature_mean.copy_(raw.mean(0))
     oracle.feature_std.copy_(raw.std(0))
-    save_tensors(folder / "oracle.safetensors", {k: v.half() for k, v in oracle.state_dict().items()})
+    save_tensors(
+        folder / "oracle.safetensors", {k: v.half() for k, v in oracle.state_dict().items()}
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------------- the VAE
+# ---- the VAE
 
 
 def new_vae() -> AutoencoderKL:
@@ -187,9 +223,11 @@ def new_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def _whiten(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Folds per-channel standardisation of the latents into the two 1x1 convolutions around them, exactly.
+    """Folds per-channel standardisation of the latents into the two 1x1 convolutions around them,
+    exactly.
 
-    SD's single scaling factor cannot take off the channels' means; with it folded in, latents have mean 0 and variance 1.
+    SD's single scaling factor cannot take off the channels' means; with it folded in, latents have
+    mean 0 and variance 1.
     """
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:4] /= std[:, None, None, None]
@@ -207,11 +245,15 @@ def build_vae(folder: Path, device: str) -> AutoencoderKL:
         vae = new_vae().to(device)
 
         def loss_of(generator: torch.Generator) -> Tensor:
-            x = to_tensor(images[_pick(generator, len(images), RECIPE["vae"].batch).numpy()], device)
+            x = to_tensor(
+                images[_pick(generator, len(images), RECIPE["vae"].batch).numpy()], device
+            )
             with _half(device):
                 posterior = vae.encode(x).latent_dist
                 mean, logvar = posterior.mean.float(), posterior.logvar.float()
-                y = vae.decode(mean + torch.exp(0.5 * logvar) * _normal(generator, mean)).sample.float()
+                y = vae.decode(
+                    mean + torch.exp(0.5 * logvar) * _normal(generator, mean)
+                ).sample.float()
             edges = sum((y.diff(dim=k) - x.diff(dim=k)).abs().mean() for k in (2, 3))
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             return (y - x).abs().mean() + edges + 2e-4 * kl
@@ -224,11 +266,12 @@ def build_vae(folder: Path, device: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(target).to(device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------- the text
+# ---- the text
 
 
 def build_tokenizer(folder: Path, texts: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges make one token of every word of the world; any other text falls apart into letters."""
+    """A CLIP tokenizer whose merges make one token of every word of the world; any other text falls
+    apart into letters."""
     target = folder / "tokenizer"
     if not (target / "tokenizer_config.json").exists():
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -237,23 +280,30 @@ def build_tokenizer(folder: Path, texts: list[str]) -> CLIPTokenizer:
         )
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=2_000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+            vocab_size=2_000,
+            end_of_word_suffix="</w>",
+            initial_alphabet=letters,
+            show_progress=False,
         )
         bpe.train_from_iterator(texts, trainer)
         trained = json.loads(bpe.to_str())["model"]
         vocab = {
-            token: i for i, token in enumerate(dict.fromkeys([*letters, *(x + "</w>" for x in letters), *trained["vocab"]]))
+            token: i
+            for i, token in enumerate(
+                dict.fromkeys([*letters, *(x + "</w>" for x in letters), *trained["vocab"]])
+            )
         }
         for special in ("<|startoftext|>", "<|endoftext|>"):
             vocab[special] = len(vocab)
-        CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in trained["merges"]], model_max_length=MAX_TOKENS).save_pretrained(
-            target
-        )
+        CLIPTokenizer(
+            vocab=vocab, merges=[tuple(m) for m in trained["merges"]], model_max_length=MAX_TOKENS
+        ).save_pretrained(target)
     return CLIPTokenizer.from_pretrained(target)
 
 
 class _Reader(nn.Module):
-    """Asks the text encoder's states for the ground and for the first, second and third object. Thrown away afterwards."""
+    """Asks the text encoder's states for the ground and for the first, second and third object.
+    Thrown away afterwards."""
 
     def __init__(self, encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -269,12 +319,20 @@ class _Reader(nn.Module):
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    kwargs = {"padding": "max_length", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+    kwargs = {
+        "padding": "max_length",
+        "max_length": MAX_TOKENS,
+        "truncation": True,
+        "return_tensors": "pt",
+    }
     return tokenizer(texts, **kwargs).input_ids
 
 
-def build_text_encoder(folder: Path, device: str, texts: list[str], tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Trains the text encoder to name what a caption says, before any picture: the UNet then finds colour bound to shape."""
+def build_text_encoder(
+    folder: Path, device: str, texts: list[str], tokenizer: CLIPTokenizer
+) -> CLIPTextModel:
+    """Trains the text encoder to name what a caption says, before any picture: the UNet then finds
+    colour bound to shape."""
     target = folder / "text_encoder"
     if not (target / "config.json").exists():
         torch.manual_seed(SEED)
@@ -295,14 +353,18 @@ def build_text_encoder(folder: Path, device: str, texts: list[str], tokenizer: C
         tokens = tokenize(tokenizer, texts)
         parsed = [parse_caption(text) for text in texts]
         ground = torch.tensor([GROUNDS.index(name) for name, _ in parsed])
-        kinds = torch.tensor([_in_order(text, kinds) for text, (_, kinds) in zip(texts, parsed, strict=True)])
+        kinds = torch.tensor(
+            [_in_order(text, kinds) for text, (_, kinds) in zip(texts, parsed, strict=True)]
+        )
         reader = _Reader(encoder).to(device)
 
         def loss_of(generator: torch.Generator) -> Tensor:
             rows = _pick(generator, len(tokens), RECIPE["text"].batch)
             at_ground, at_kinds = reader(tokens[rows].to(device))
             ground_loss = F.cross_entropy(at_ground, ground[rows].to(device))
-            return ground_loss + F.cross_entropy(at_kinds.flatten(0, 1), kinds[rows].flatten().to(device))
+            return ground_loss + F.cross_entropy(
+                at_kinds.flatten(0, 1), kinds[rows].flatten().to(device)
+            )
 
         _fit("text", RECIPE["text"], reader, loss_of, folder)
         _save(encoder, target)
@@ -319,7 +381,7 @@ def _in_order(caption: str, kinds: list[int]) -> list[int]:
     return (sorted(kinds, key=at.__getitem__) + [len(KINDS)] * 3)[:3]
 
 
-# ------------------------------------------------------------------------------------------------------------------- the UNet
+# ---- the UNet
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -363,7 +425,8 @@ def _latents(vae: AutoencoderKL, images: np.ndarray, file: Path, device: str) ->
 def build_unet(
     folder: Path, device: str, vae: AutoencoderKL, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> UNet2DConditionModel:
-    """Rounds, each with its own rise and fall of the rate, each starting from the averaged weights of the one before."""
+    """Rounds, each with its own rise and fall of the rate, each starting from the averaged weights
+    of the one before."""
     images, texts = _pool("scenes", _caption_scene, SCENES, folder)
     latents = _latents(vae, images, folder / "latents.safetensors", device)
     tokens, empty = tokenize(tokenizer, texts), tokenize(tokenizer, [""])
@@ -374,10 +437,13 @@ def build_unet(
     def loss_of(size: int, generator: torch.Generator) -> Tensor:
         rows = _pick(generator, len(latents), size)
         z = latents[rows].to(device)
-        ids = torch.where(torch.rand(size, 1, generator=generator) < 0.1, empty, tokens[rows]).to(device)
+        ids = torch.where(torch.rand(size, 1, generator=generator) < 0.1, empty, tokens[rows]).to(
+            device
+        )
         with torch.no_grad():
             states = encoder(ids).last_hidden_state
-        # One timestep from each of `size` equal strata: the same mean as independent draws, less noise in the loss.
+        # One timestep from each of `size` equal strata: the same mean as independent draws, less
+        # noise in the loss.
         t = ((torch.arange(size) + torch.rand(size, generator=generator)) * (1000 / size)).long()
         a = alpha_bar[t].to(device)[:, None, None, None]
         noise = _normal(generator, z)
@@ -394,7 +460,7 @@ def build_unet(
     return unet.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------ the result
+# ---- the result
 
 CARD = """---
 library_name: diffusers
@@ -409,7 +475,8 @@ Trained by `python -m rapm.toy.build` on rendered scenes only. Guidance scale: {
 
 
 def build(out: Path, device: str) -> None:
-    """Runs all stages in ``out`` and leaves ``out/assets/teacher`` and ``out/assets/oracle.safetensors``."""
+    """Runs all stages in ``out`` and leaves ``out/assets/teacher`` and
+    ``out/assets/oracle.safetensors``."""
     images_and_texts = _pool("scenes", _caption_scene, SCENES, out)
     tokenizer = build_tokenizer(out, images_and_texts[1])
     vae = build_vae(out, device)
@@ -438,7 +505,8 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(assets / "teacher")
-    # transformers loads in the dtype a config names, diffusers in float32: a plain from_pretrained would mix the two.
+    # transformers loads in the dtype a config names, diffusers in float32: a plain from_pretrained
+    # would mix the two.
     text_config = assets / "teacher" / "text_encoder" / "config.json"
     write_json(text_config, json.loads(text_config.read_text()) | {"dtype": "float32"})
     write_text(assets / "teacher" / "README.md", CARD.format(guidance_scale=GUIDANCE_SCALE))
@@ -446,8 +514,12 @@ def export(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(".toy-build"), help="working folder; run again to go on")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(".toy-build"), help="working folder; run again to go on"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

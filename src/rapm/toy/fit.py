@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rapm.files import load_optimizer_tensors, load_tensors, optimizer_tensors, save_tensors, under_prefix, with_prefix
+from rapm.io import (
+    load_optimizer_tensors,
+    load_tensors,
+    optimizer_tensors,
+    save_tensors,
+    under_prefix,
+    with_prefix,
+)
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,23 @@ def fit(
     Args:
         name: of the stage; what is drawn is a function of it, of ``seed`` and of the update.
         loss_of: the loss of one batch, drawn from the generator it is given.
-        state_file: where the state is kept, so that a build that was stopped goes on as if it had not been.
+        state_file: where the state is kept, so that a build that was stopped goes on as if it had
+            not been.
     """
     parameters = dict(model.named_parameters())
     average = {key: value.detach().clone() for key, value in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
     first = 0
     if state_file.exists():
         state = load_tensors(state_file)
         first = int(state["step"])
         model.load_state_dict(under_prefix("model", state), strict=False)
         loaded = under_prefix("average", state)
-        average = {key: loaded[key].to(value.device) for key, value in parameters.items()}  # files sort their keys
+        average = {
+            key: loaded[key].to(value.device) for key, value in parameters.items()
+        }  # files sort their keys
         load_optimizer_tensors(optimizer, under_prefix("optimizer", state))
     started = saved = time.monotonic()
     running = 0.0
@@ -69,14 +81,20 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(stage.ema_decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(average.values()), [p.detach() for p in parameters.values()], 0)
+        get_ema_multi_avg_fn(decay)(
+            list(average.values()), [p.detach() for p in parameters.values()], 0
+        )
         running = loss.item() if step == first else running + 0.02 * (loss.item() - running)
         if not math.isfinite(running):
             raise FloatingPointError(f"{name}: the loss is {running} at update {step}")
         if step % 100 == 99 or step == stage.updates - 1:
             each = (time.monotonic() - started) / (step + 1 - first)
             left = each * (stage.updates - step - 1) / 60
-            print(f"{name} {step + 1}/{stage.updates} loss {running:.4f} {each * 1e3:.0f} ms, {left:.0f} min left", flush=True)
+            print(
+                f"{name} {step + 1}/{stage.updates} loss {running:.4f} {each * 1e3:.0f} ms, "
+                f"{left:.0f} min left",
+                flush=True,
+            )
         if time.monotonic() - saved > save_seconds or step == stage.updates - 1:
             saved = time.monotonic()
             save_tensors(

@@ -1,12 +1,13 @@
 """The renderer of the embedded world: 64 x 64 scenes of one to three objects on a textured ground.
 
-A caption names what is there (count, colours, shapes, ground) and leaves positions, sizes and angles open. That freedom is
-what makes few-step sampling of a teacher hard: the mean of many possible pictures is a ghost, and only many steps commit to
-one of them.
+A caption names what is there (count, colours, shapes, ground) and leaves positions, sizes and
+angles open. That freedom is what makes few-step sampling of a teacher hard: the mean of many
+possible pictures is a ghost, and only many steps commit to one of them.
 
-Scene ``index`` of ``seed`` is the same picture and caption for ever: every draw comes from one generator seeded by the pair.
-Captions are split by a checksum into ``train``, ``validation`` and ``test``, so no network trained on the first ever meets a
-caption of the others, whatever the seed.
+Scene ``index`` of ``seed`` is the same picture and caption for ever: every draw comes from one
+    generator seeded by the pair.
+Captions are split by a checksum into ``train``, ``validation`` and ``test``, so no network trained
+on the first ever meets a caption of the others, whatever the seed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 GROUNDS = ("grass", "sand", "water", "brick")
 KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)  # 48 kinds of object
 
-_RADII = {1: (12.0, 19.0), 2: (10.0, 15.0), 3: (9.0, 12.0), 4: (8.0, 10.0)}  # pixels, by number of objects
+_RADII = {
+    1: (12.0, 19.0),
+    2: (10.0, 15.0),
+    3: (9.0, 12.0),
+    4: (8.0, 10.0),
+}  # pixels, by number of objects
 _COUNT_WEIGHTS = (0.0, 0.5, 0.35, 0.15)
 _SUPERSAMPLE_EDGE = 1.2  # pixels over which an edge goes from inside to outside
 
@@ -60,7 +66,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture, and the caption that says so. ``texture`` holds four free numbers in [0, 1) of the ground."""
+    """What is in a picture, and the caption that says so. ``texture`` holds four free numbers in
+    [0, 1) of the ground."""
 
     ground: str
     things: tuple[Thing, ...]
@@ -68,7 +75,7 @@ class Scene:
     caption: str
 
 
-# ---------------------------------------------------------------------------------------------------------------- captions
+# ---- captions
 
 
 def _phrase(thing: Thing, rng: np.random.Generator) -> str:
@@ -115,11 +122,14 @@ def parse_caption(caption: str) -> tuple[str, list[int]]:
                 raise ValueError(f"no colour for '{word}' in caption {caption!r}")
             kinds.append(KINDS.index((colour, word)))
     if ground is None or not kinds:
-        raise ValueError(f"not a caption of the toy world: {caption!r} (write, for instance, 'a red star on grass')")
+        raise ValueError(
+            f"not a caption of the toy world: {caption!r} (write, for instance, 'a red star on "
+            f"grass')"
+        )
     return ground, sorted(kinds)
 
 
-# ------------------------------------------------------------------------------------------------------------------- scenes
+# ---- scenes
 
 
 def _place(rng: np.random.Generator, count: int, *, distinct: bool) -> tuple[Thing, ...]:
@@ -131,7 +141,9 @@ def _place(rng: np.random.Generator, count: int, *, distinct: bool) -> tuple[Thi
             radius = rng.uniform(*_RADII[count])
             for _ in range(30):
                 x, y = rng.uniform(radius + 1, SIZE - radius - 1, size=2)
-                if all(math.hypot(x - o.x, y - o.y) > 0.94 * (radius + o.radius) + 1 for o in things):
+                if all(
+                    math.hypot(x - o.x, y - o.y) > 0.94 * (radius + o.radius) + 1 for o in things
+                ):
                     colour, shape = KINDS[kind]
                     things.append(Thing(colour, shape, x, y, radius, rng.uniform(0, 2 * math.pi)))
                     break
@@ -168,22 +180,26 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
 
 
 def captions(count: int, seed: int, split: Split = "train") -> list[str]:
-    """The first ``count`` captions of ``seed`` in ``split``; captions may repeat, as in any set of prompts."""
+    """The first ``count`` captions of ``seed`` in ``split``; captions may repeat, as in any set of
+    prompts."""
     return [scene(seed, index, split).caption for index in range(count)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- rendering
+# ---- rendering
 
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 
 def _ground(name: str, u: Sequence[float]) -> np.ndarray:
-    """The texture of a ground, [64, 64, 3] in [0, 1]; phases, wavelengths and tilt vary with ``u``."""
+    """The texture of a ground, [64, 64, 3] in [0, 1]; phases, wavelengths and tilt vary with
+    ``u``."""
     tau = 2 * math.pi
     px, py = u[0] * tau, u[1] * tau
     if name == "grass":  # blades: narrow upright waves that sway
         sway = 1.5 * np.sin(tau * _Y / 24 + py)
-        wave = np.sin(tau * (_X + sway) / (5 + u[2]) + px) * (0.6 + 0.4 * np.sin(tau * _Y / 13 + px))
+        wave = np.sin(tau * (_X + sway) / (5 + u[2]) + px) * (
+            0.6 + 0.4 * np.sin(tau * _Y / 13 + px)
+        )
         colour, depth = (0.30, 0.47, 0.17), (0.09, 0.12, 0.06)
     elif name == "sand":  # ripples, tilted
         tilt = (u[3] - 0.5) * 0.9
@@ -198,8 +214,12 @@ def _ground(name: str, u: Sequence[float]) -> np.ndarray:
     else:  # brick: courses of 8 pixels, bricks of 16, every other course shifted by half
         y = (_Y + 8 * u[1]) / 8
         x = (_X + 16 * u[0] + 8 * (np.floor(y) % 2)) / 16
-        mortar = np.maximum(np.abs((y % 1) - 0.5) * 8 - 3.0, np.abs((x % 1) - 0.5) * 16 - 7.0).clip(0, 1)
-        wave = 2.2 * mortar - 0.6 + 0.25 * np.sin(np.floor(x) * 2.4 + np.floor(y) * 1.7 + tau * u[2])
+        mortar = np.maximum(np.abs((y % 1) - 0.5) * 8 - 3.0, np.abs((x % 1) - 0.5) * 16 - 7.0).clip(
+            0, 1
+        )
+        wave = (
+            2.2 * mortar - 0.6 + 0.25 * np.sin(np.floor(x) * 2.4 + np.floor(y) * 1.7 + tau * u[2])
+        )
         colour, depth = (0.55, 0.30, 0.24), (0.10, 0.11, 0.11)
     return np.asarray(colour, np.float32) + wave[..., None] * np.asarray(depth, np.float32)
 
@@ -216,11 +236,20 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         a, b = np.abs(x), np.abs(y)
         return np.minimum(np.maximum(a - 1.0, b - 0.33), np.maximum(a - 0.33, b - 1.0))
     if shape == "triangle":
-        return np.maximum.reduce([x * math.cos(k) + y * math.sin(k) for k in (0.5, 0.5 + 2.0944, 0.5 + 4.1888)]) - 0.55
-    # star: fold the plane onto one half-point, then a half-plane through the tip and the inner corner
+        return (
+            np.maximum.reduce(
+                [x * math.cos(k) + y * math.sin(k) for k in (0.5, 0.5 + 2.0944, 0.5 + 4.1888)]
+            )
+            - 0.55
+        )
+    # star: fold the plane onto one half-point, then a half-plane through the tip and the inner
+    # corner
     fold = np.abs((np.arctan2(y, x) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
     r = np.hypot(x, y)
-    tip, corner = np.array([1.08, 0.0]), 0.46 * np.array([math.cos(math.pi / 5), math.sin(math.pi / 5)])
+    tip, corner = (
+        np.array([1.08, 0.0]),
+        0.46 * np.array([math.cos(math.pi / 5), math.sin(math.pi / 5)]),
+    )
     edge = (corner - tip) / np.linalg.norm(corner - tip)
     return (r * np.cos(fold) - tip[0]) * edge[1] - (r * np.sin(fold) - tip[1]) * edge[0]
 
@@ -242,7 +271,9 @@ def render(scene: Scene) -> np.ndarray:
             return (0.5 - d / soft).clip(0, 1)[..., None]
 
         image = image * (1 - 0.45 * cover(2.2, 3.0))  # the shadow falls to the lower right
-        light = (0.92 - 0.22 * (x + y)).clip(0.6, 1.15)[..., None]  # shading: lit from the upper left
+        light = (0.92 - 0.22 * (x + y)).clip(0.6, 1.15)[
+            ..., None
+        ]  # shading: lit from the upper left
         lift = 0.12 * (light - 0.92).clip(0)
         colour = (np.asarray(COLOURS[thing.colour], np.float32) * light + lift).clip(0, 1)
         inside = cover(0.0, _SUPERSAMPLE_EDGE)

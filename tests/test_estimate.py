@@ -18,8 +18,7 @@ from rapm.config import Config, load
 from rapm.counting import count
 from rapm.doctor import examine
 from rapm.errors import UserError
-from rapm.finding import architecture_of, teacher_of
-from rapm.plan import (
+from rapm.estimate import (
     GPUS,
     SHARE_OF_PEAK,
     Stub,
@@ -32,20 +31,25 @@ from rapm.plan import (
     walking,
     without_weights,
 )
+from rapm.models.resolve import architecture_of, teacher_of
+from rapm.models.teacher import load_backbone
+from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
-from rapm.stages import make_trajectories, train_run
-from rapm.teacher import load_backbone
 from rapm.train import make_players
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:
     return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+        update={
+            name: getattr(config, name).model_copy(update=values)
+            for name, values in sections.items()
+        }
     )
 
 
 def test_flops_and_bytes_by_hand() -> None:
-    """y = relu(x w): x and w were there before; y and its half are new, and w's transpose is none."""
+    """y = relu(x w): x and w were there before; y and its half are new, and w's transpose is
+    none."""
     x, w = torch.empty(8, 16, device="meta"), torch.empty(32, 16, device="meta")
 
     def work() -> None:
@@ -63,23 +67,35 @@ def test_flops_and_bytes_by_hand() -> None:
 
 
 def test_what_is_known_already_is_counted_as_if_it_were_new() -> None:
-    """Operations of one form are run once and told from then on: strides, dtypes and types of numbers tell forms apart."""
+    """Operations of one form are run once and told from then on: strides, dtypes and types of
+    numbers tell forms apart."""
     x = torch.empty(8, 16, device="meta")
 
     def work(x: Tensor, number: float) -> list[Tensor]:
         y = x * number
         return [y, torch.relu(y.t().contiguous()).add_(1)]
 
-    for given, number in ((x, 2), (x, 2.0), (x.int(), 2), (x.int(), 2.0), (x.half(), 2), (x.t(), 2)):
+    for given, number in (
+        (x, 2),
+        (x, 2.0),
+        (x.int(), 2),
+        (x.int(), 2.0),
+        (x.half(), 2),
+        (x.t(), 2),
+    ):
         real = work(torch.ones_like(given, device="cpu"), number)
         copied = real[0].nbytes if given.is_contiguous() else 0  # until relu is done
         for _ in range(2):
             made: list[Tensor] = []
-            assert count(lambda given=given, number=number, made=made: made.extend(work(given, number))) == (
+            assert count(
+                lambda given=given, number=number, made=made: made.extend(work(given, number))
+            ) == (
                 0,
                 real[0].nbytes + real[1].nbytes + copied,
             )
-            assert [(t.shape, t.stride(), t.dtype) for t in made] == [(t.shape, t.stride(), t.dtype) for t in real]
+            assert [(t.shape, t.stride(), t.dtype) for t in made] == [
+                (t.shape, t.stride(), t.dtype) for t in real
+            ]
 
 
 def test_attention_is_counted_without_its_matrix() -> None:
@@ -107,11 +123,22 @@ def test_a_logged_loss_is_no_obstacle() -> None:
     ],
 )
 def test_flops_are_those_of_real_iterations(
-    tiny_config: Config, small_teachers: dict[str, Path], kind: str, slot_batch: int, source: str, ahead: int
+    tiny_config: Config,
+    small_teachers: dict[str, Path],
+    kind: str,
+    slot_batch: int,
+    source: str,
+    ahead: int,
 ) -> None:
-    """All slots of real iterations, by torch's own counter. (It counts plain attention, whose backward pass computes less.)"""
+    """All slots of real iterations, by torch's own counter. (It counts plain attention, whose
+    backward pass computes less.)"""
     relative = 0.0 if source == "relayed" else 1.0
-    training = {"slot_batch": slot_batch, "positions": source, "walk_ahead": ahead, "relative_weight": relative}
+    training = {
+        "slot_batch": slot_batch,
+        "positions": source,
+        "walk_ahead": ahead,
+        "relative_weight": relative,
+    }
     config = changed(tiny_config, training=training)
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     teacher = teacher_of(config)
@@ -122,7 +149,10 @@ def test_flops_are_those_of_real_iterations(
     left_out = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}
 
     def flops(work: Callable[[], object]) -> int:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=left_out) as counted:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=left_out) as counted,
+        ):
             work()
         return counted.get_total_flops()
 
@@ -131,10 +161,15 @@ def test_flops_are_those_of_real_iterations(
         total += number[name] * (walk + flops(turn))
     assert (walk > 0) == (ahead > 1)
     assert plan.flops["training"] == pytest.approx(total, rel=0.03)
-    assert plan.hours(100, "training") == pytest.approx(plan.flops["training"] / (100e12 * SHARE_OF_PEAK * 3600))
+    assert plan.hours(100, "training") == pytest.approx(
+        plan.flops["training"] / (100e12 * SHARE_OF_PEAK * 3600)
+    )
 
 
-@pytest.mark.parametrize(("kind", "source"), [*((kind, "stored") for kind in SMALL), ("sd15", "followed"), ("sd15", "relayed")])
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [*((kind, "stored") for kind in SMALL), ("sd15", "followed"), ("sd15", "relayed")],
+)
 def test_disk_and_iterations_are_those_of_the_run(
     tiny_config: Config, small_teachers: dict[str, Path], tmp_path: Path, kind: str, source: str
 ) -> None:
@@ -151,19 +186,35 @@ def test_disk_and_iterations_are_those_of_the_run(
         return sum(file.stat().st_size for file in files)
 
     checkpoints = sorted(run.checkpoints.glob("step-*"))
-    assert plan.disk["checkpoints, 3"] == pytest.approx(1.5 * size(*checkpoints), rel=0.05)  # names in files' headers
+    assert plan.disk["checkpoints, 3"] == pytest.approx(
+        1.5 * size(*checkpoints), rel=0.05
+    )  # names in files' headers
     shards = [store[k] for k in range(len(store))]
-    assert plan.disk["positions"] == sum(4 * (row.coarse.numel() + row.nudged.numel()) for row in shards)
-    of_prompt = sum(value.numel() for name, value in shards[0].conditioning.items() if name != "time_ids")
+    assert plan.disk["positions"] == sum(
+        4 * (row.coarse.numel() + row.nudged.numel()) for row in shards
+    )
+    of_prompt = sum(
+        value.numel() for name, value in shards[0].conditioning.items() if name != "time_ids"
+    )
     assert plan.disk["prompts' embeddings, at most"] == 4 * of_prompt * 7
     kinds = [
-        "distances" if "absolute_critic" not in record else "both" if "absolute_adversarial" in record else "critics"
+        "distances"
+        if "absolute_critic" not in record
+        else "both"
+        if "absolute_adversarial" in record
+        else "critics"
         for record in run.read_metrics()
     ]
-    assert {name: kinds.count(name) for name in ("distances", "critics", "both")} == iteration_counts(config)
+    assert {
+        name: kinds.count(name) for name in ("distances", "critics", "both")
+    } == iteration_counts(config)
     assert all(iteration_counts(config).values())
-    assert ("activations of 3" in plan.memory["trajectories"]) == (source != "relayed")  # nothing is rolled out
-    assert plan.calls["trajectories"] == 6 * {"stored": 3, "followed": 1, "relayed": 0}[source] * 4 * 2
+    assert ("activations of 3" in plan.memory["trajectories"]) == (
+        source != "relayed"
+    )  # nothing is rolled out
+    assert (
+        plan.calls["trajectories"] == 6 * {"stored": 3, "followed": 1, "relayed": 0}[source] * 4 * 2
+    )
     learned = plan.memory["training"]
     _, state = run.load_checkpoint()
 
@@ -172,15 +223,20 @@ def test_disk_and_iterations_are_those_of_the_run(
 
     assert learned["adapters and heads"] == held(".weights.")
     assert learned["their average"] == held("average.")
-    assert learned["optimiser"] == pytest.approx(held(".optimizer."), rel=0.01)  # counts of steps aside
+    assert learned["optimiser"] == pytest.approx(
+        held(".optimizer."), rel=0.01
+    )  # counts of steps aside
 
 
 def test_one_group_of_slots_tells_of_all(tiny_config: Config) -> None:
-    """FLOPs and memory of whole iterations, though one group of three is counted; earlier groups leave gradients, too."""
+    """FLOPs and memory of whole iterations, though one group of three is counted; earlier groups
+    leave gradients, too."""
     config = changed(tiny_config, training={"positions": "followed"}, student={"rank": 32})
     teacher = teacher_of(config)
     stub, number, flops, peaks = Stub(config, teacher, "meta"), iteration_counts(config), 0, []
-    players = make_players(config, load_backbone(without_weights(teacher), config, "meta"), stub, teacher.schedule)  # type: ignore[arg-type]
+    players = make_players(
+        config, load_backbone(without_weights(teacher), config, "meta"), stub, teacher.schedule
+    )  # type: ignore[arg-type]
     for name, turn in iterations(players, stub).items():
         of_all, peak = count(turn)
         flops += number[name] * of_all
@@ -189,14 +245,16 @@ def test_one_group_of_slots_tells_of_all(tiny_config: Config) -> None:
             learner.optimizer.zero_grad(set_to_none=True)
     plan = make_plan(config, teacher)
     assert plan.flops["training"] == pytest.approx(flops)
-    assert plan.memory["training"]["gradients and activations"] == pytest.approx(max(peaks), rel=0.02)
+    assert plan.memory["training"]["gradients and activations"] == pytest.approx(
+        max(peaks), rel=0.02
+    )
 
 
 def test_memory_follows_the_settings(tiny_config: Config) -> None:
     """Each setting lowers the part that it says it lowers."""
-    base = changed(tiny_config, training={"slot_batch": 3}, trajectories={"size": "64x64"}).model_copy(
-        update={"precision": "bfloat16"}
-    )
+    base = changed(
+        tiny_config, training={"slot_batch": 3}, trajectories={"size": "64x64"}
+    ).model_copy(update={"precision": "bfloat16"})
     teacher = teacher_of(base)
     network = teacher.load_network(torch.bfloat16, "cpu")
     planned = make_plan(base, teacher).memory
@@ -210,14 +268,24 @@ def test_memory_follows_the_settings(tiny_config: Config) -> None:
     }
     for part, config in cheaper.items():
         assert make_plan(config, teacher).memory["training"][part] < 0.75 * plain[part], part
-    many = make_plan(changed(base, trajectories={"size": "64x64", "batch_size": 6}), teacher).memory  # twice as many as planned
-    assert many["pictures"]["activations"] == many["trajectories"]["activations of 6"] > 1.9 * max(planned["pictures"].values())
+    many = make_plan(
+        changed(base, trajectories={"size": "64x64", "batch_size": 6}), teacher
+    ).memory  # twice as many as planned
+    assert (
+        many["pictures"]["activations"]
+        == many["trajectories"]["activations of 6"]
+        > 1.9 * max(planned["pictures"].values())
+    )
     checkpointed = changed(base, training={"gradient_checkpointing": True})
-    assert make_plan(checkpointed, teacher).memory["training"]["gradients and activations"] < plain["gradients and activations"]
+    assert (
+        make_plan(checkpointed, teacher).memory["training"]["gradients and activations"]
+        < plain["gradients and activations"]
+    )
 
 
 def test_activations_are_those_of_a_real_turn(tiny_config: Config) -> None:
-    """The bytes that autograd keeps of a real pass on the CPU, by its own hooks, are there in the plan's account of it."""
+    """The bytes that autograd keeps of a real pass on the CPU, by its own hooks, are there in the
+    plan's account of it."""
     teacher = teacher_of(tiny_config)
     kept: dict[int, int] = {}
 
@@ -227,7 +295,9 @@ def test_activations_are_those_of_a_real_turn(tiny_config: Config) -> None:
 
     def work(device: str) -> None:
         stub = Stub(tiny_config, teacher, device)
-        backbone = load_backbone(teacher if device == "cpu" else without_weights(teacher), tiny_config, device)
+        backbone = load_backbone(
+            teacher if device == "cpu" else without_weights(teacher), tiny_config, device
+        )
         backbone.add_role("student", 4, backbone.lora_targets, 0)
         z = stub.trajectory.coarse[:1]
         conditioning = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
@@ -257,7 +327,9 @@ def test_presets_are_whole_and_name_published_models(name: str) -> None:
     config = load(preset=name)
     teacher = architecture_of(config)
     assert teacher.source == config.teacher
-    assert name.startswith("sdxl") == (teacher.family.pipeline.__name__ == "StableDiffusionXLPipeline")
+    assert name.startswith("sdxl") == (
+        teacher.family.pipeline.__name__ == "StableDiffusionXLPipeline"
+    )
     if name.endswith("gb"):
         assert config.precision == "bfloat16"
 
@@ -266,16 +338,24 @@ def test_too_little_disk_or_memory_is_refused(tiny_config: Config, tmp_path: Pat
     plan = make_plan(tiny_config, teacher_of(tiny_config))
     check_room(plan, tiny_config, tmp_path / "not" / "there" / "yet")
     large = make_plan(changed(tiny_config, trajectories={"count": 10**9}), teacher_of(tiny_config))
-    with pytest.raises(UserError, match=r"the run needs [\d.]+ GiB more on disk, .* has [\d.]+ GiB; fewer trajectories.count"):
+    with pytest.raises(
+        UserError,
+        match=r"the run needs [\d.]+ GiB more on disk, .* has [\d.]+ GiB; fewer trajectories.count",
+    ):
         check_room(large, tiny_config, tmp_path)
     wide = replace(plan, memory={"pictures": {"network": 1}, "training": {"network": 10**15}})
-    with pytest.raises(UserError, match=r"training needs 931322\.57 GiB of memory, there are [\d.]+ GiB; see 'rapm plan'"):
+    with pytest.raises(
+        UserError,
+        match=r"training needs 931322\.57 GiB of memory, there are [\d.]+ GiB; see 'rapm plan'",
+    ):
         check_room(wide, tiny_config, tmp_path)
 
 
 def test_what_is_measured_is_told(tiny_config: Config) -> None:
     teacher = teacher_of(tiny_config)
-    text = render(make_plan(tiny_config, teacher), tiny_config, GPUS, measure(tiny_config, teacher, 1))
+    text = render(
+        make_plan(tiny_config, teacher), tiny_config, GPUS, measure(tiny_config, teacher, 1)
+    )
     assert "RTX 4090 24 GB" in text
     assert "iteration, critics" in text
     assert "a fine step of 3 trajectories" in text

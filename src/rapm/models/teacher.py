@@ -22,13 +22,21 @@ from torch import Tensor
 
 from rapm.config import Config
 from rapm.errors import UserError, first_line
-from rapm.families import Family
+from rapm.models import Family
 from rapm.network import Backbone
-from rapm.quantized import quantize
+from rapm.quantize import quantize
 from rapm.schedule import Schedule
 from rapm.toy import TEACHER as TOY
 
-_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError, HfHubHTTPError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    HfHubHTTPError,
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Teacher:
 
     Attributes:
         source: as the user gave it.
-        folder: in diffusers' layout; what it holds beside configs and tokenizers depends on the next two.
+        folder: in diffusers' layout; what it holds beside configs and tokenizers depends on the
+            next two.
         checkpoint: the single file that holds the weights, else they lie in the folder.
         random: there are no weights, they are drawn (always the same).
         loras: fused in this order.
-        fingerprint: changes when the teacher does: of names, sizes and 64 KiB out of every 4 MiB of what is loaded.
+        fingerprint: changes when the teacher does: of names, sizes and 64 KiB out of every 4 MiB of
+            what is loaded.
     """
 
     source: str
@@ -91,12 +101,14 @@ class Teacher:
         return width * factor, height * factor
 
     def load(self, parts: Sequence[str], precision: torch.dtype, device: str) -> Any:
-        """A pipeline of these parts and no others: text parts to encode prompts, the VAE to see pictures.
+        """A pipeline of these parts and no others: text parts to encode prompts, the VAE to see
+        pictures.
 
         Raises:
             UserError: a part is missing or damaged, or a LoRA does not fit.
         """
-        diffusers.utils.logging.disable_progress_bar()  # the libraries' own bars for loading would run into ours
+        # the libraries' own bars for loading would run into ours
+        diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         names, options = self.family.pipeline._get_signature_keys(self.family.pipeline)
         absent: dict[str, Any] = {name: None for name in names if name not in {*parts, "scheduler"}}
@@ -108,17 +120,27 @@ class Teacher:
                 pipeline = self.family.pipeline(**absent, **built, scheduler=self.ddim_scheduler())
             elif self.checkpoint:
                 pipeline = self.family.pipeline.from_single_file(
-                    str(self.checkpoint), config=str(self.folder), local_files_only=True, torch_dtype=precision, **absent
+                    str(self.checkpoint),
+                    config=str(self.folder),
+                    local_files_only=True,
+                    torch_dtype=precision,
+                    **absent,
                 )
             else:
                 pipeline = self.family.pipeline.from_pretrained(
-                    self.folder, dtype=precision, use_safetensors=True, variant=self._variant(parts), **absent
+                    self.folder,
+                    dtype=precision,
+                    use_safetensors=True,
+                    variant=self._variant(parts),
+                    **absent,
                 )
             move(pipeline, device)
         except torch.OutOfMemoryError:  # for who knows what would lower it
             raise
         except _UNREADABLE as error:
-            raise UserError(f"teacher '{self.source}' cannot be loaded: {first_line(error)}") from None
+            raise UserError(
+                f"teacher '{self.source}' cannot be loaded: {first_line(error)}"
+            ) from None
         pipeline.set_progress_bar_config(disable=True)
         fusible = [part for part in self.family.pipeline._lora_loadable_modules if part in parts]
         for lora in self.loras if fusible else ():
@@ -137,9 +159,11 @@ class Teacher:
         return [getattr(pipeline, part) for part in parts]
 
     def load_network(self, precision: torch.dtype, device: str) -> Any:
-        """The denoising network, which is all that rollout and training need. Raises as :meth:`load` does.
+        """The denoising network, which is all that rollout and training need. Raises as
+        :meth:`load` does.
 
-        A stage leaves its network in cycles of hooks and adapted layers: uncollected, the rollout's would stay on a GPU beside
+        A stage leaves its network in cycles of hooks and adapted layers: uncollected, the rollout's
+            would stay on a GPU beside
         the one that is trained, and both beside the one that pictures are drawn with.
         """
         gc.collect()
@@ -149,48 +173,79 @@ class Teacher:
         return ddim_scheduler(self.config("scheduler"))
 
     def draw(self, part: str, precision: torch.dtype, device: str) -> Any:
-        """A part with random weights (on the meta device without any); the tokenizer is the toy teacher's."""
+        """A part with random weights (on the meta device without any); the tokenizer is the toy
+        teacher's."""
         if part.startswith("tokenizer"):
             return transformers.CLIPTokenizer.from_pretrained(TOY / "tokenizer")
-        library, name = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))[part]
-        kind, config = getattr(diffusers if library == "diffusers" else transformers, name), self.config(part)
+        library, name = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))[
+            part
+        ]
+        kind, config = (
+            getattr(diffusers if library == "diffusers" else transformers, name),
+            self.config(part),
+        )
         before = torch.get_default_dtype()
         torch.set_default_dtype(precision)
         try:
             with torch.random.fork_rng(), torch.device(device):
                 torch.manual_seed(0)
-                model = kind.from_config(config) if library == "diffusers" else kind(kind.config_class(**config))
+                model = (
+                    kind.from_config(config)
+                    if library == "diffusers"
+                    else kind(kind.config_class(**config))
+                )
         finally:
             torch.set_default_dtype(before)
         return model.eval()
 
     def _fuse(self, pipeline: Any, parts: Sequence[str], lora: Lora) -> None:
-        """diffusers passes over keys it does not know in silence; here every key must have found its place."""
+        """diffusers passes over keys it does not know in silence; here every key must have found
+        its place."""
         mixin, refused = type(pipeline), f"LoRA {lora.file} does not fit teacher '{self.source}'"
         config = SimpleNamespace(**self.config(self.family.network))
         loud = diffusers.utils.logging.get_verbosity()
-        diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # its many lines of a mismatch would come before our one
+        diffusers.utils.logging.set_verbosity(
+            logging.CRITICAL
+        )  # its many lines of a mismatch would come before our one
         try:
             state, alphas, metadata = mixin.lora_state_dict(
                 str(lora.file), unet_config=config, use_safetensors=True, return_lora_metadata=True
             )
-            strangers = [key for key in state if not key.startswith(tuple(f"{p}." for p in mixin._lora_loadable_modules))]
+            strangers = [
+                key
+                for key in state
+                if not key.startswith(tuple(f"{p}." for p in mixin._lora_loadable_modules))
+            ]
             if strangers or not state:
-                raise UserError(f"{refused}: {strangers[0] if strangers else 'the file'} belongs to no part of it")
+                raise UserError(
+                    f"{refused}: {strangers[0] if strangers else 'the file'} belongs to no part of "
+                    f"it"
+                )
             for part in parts:
                 own = [key for key in state if key.startswith(f"{part}.")]
                 if not own:
                     continue
                 model = getattr(pipeline, part)
-                given: dict[str, Any] = {"network_alphas": alphas, "adapter_name": "fused", "metadata": metadata}
+                given: dict[str, Any] = {
+                    "network_alphas": alphas,
+                    "adapter_name": "fused",
+                    "metadata": metadata,
+                }
                 if part == self.family.network:
                     mixin.load_lora_into_unet(state, unet=model, **given)
                 else:
-                    mixin.load_lora_into_text_encoder(state, text_encoder=model, prefix=part, **given)
-                placed = Counter(_digest(p) for name, p in model.named_parameters() if ".fused." in name)
+                    mixin.load_lora_into_text_encoder(
+                        state, text_encoder=model, prefix=part, **given
+                    )
+                placed = Counter(
+                    _digest(p) for name, p in model.named_parameters() if ".fused." in name
+                )
                 lost = Counter(_digest(state[key].to(model.dtype)) for key in own) - placed
                 if lost:
-                    raise UserError(f"{refused}: {lost.total()} of its {len(own)} tensors found no place in {part}")
+                    raise UserError(
+                        f"{refused}: {lost.total()} of its {len(own)} tensors found no place in "
+                        f"{part}"
+                    )
             pipeline.fuse_lora(components=parts, lora_scale=lora.strength, safe_fusing=True)
             pipeline.unload_lora_weights()
         except UserError:
@@ -202,13 +257,17 @@ class Teacher:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def ddim_scheduler(config: Any) -> Any:
-    """The DDIM scheduler of a teacher, whatever scheduler its config is of: its betas, trailing timesteps, nothing clipped.
+    """The DDIM scheduler of a teacher, whatever scheduler its config is of: its betas, trailing
+    timesteps, nothing clipped.
 
-    What a config of another scheduler leaves out is what Stable Diffusion has, and not what DDIMScheduler's defaults are.
+    What a config of another scheduler leaves out is what Stable Diffusion has, and not what
+    DDIMScheduler's defaults are.
     """
     final = {} if "set_alpha_to_one" in config else {"set_alpha_to_one": False}
     own = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
@@ -216,16 +275,23 @@ def ddim_scheduler(config: Any) -> Any:
 
 
 def move(pipeline: Any, device: str | torch.device) -> Any:
-    """``pipeline.to`` without diffusers' warnings that a CPU cannot compute in float16: it can, or the part just waits."""
+    """``pipeline.to`` without diffusers' warnings that a CPU cannot compute in float16: it can, or
+    the part just waits."""
     return pipeline.to(device, silence_dtype_warnings=True)
 
 
 def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
-    """The teacher's network alone, with its taps: all that rollout and training need. Raises as :meth:`Teacher.load` does.
+    """The teacher's network alone, with its taps: all that rollout and training need. Raises as
+    :meth:`Teacher.load` does.
 
-    Both see the same held weights, so that the student learns what few steps take and not what holding took away.
+    Both see the same held weights, so that the student learns what few steps take and not what
+    holding took away.
     """
-    network, family, training = teacher.load_network(config.torch_dtype, device), teacher.family, config.training
+    network, family, training = (
+        teacher.load_network(config.torch_dtype, device),
+        teacher.family,
+        config.training,
+    )
     if config.base_precision != "same":
         quantize(network, family.lora_targets, config.base_precision)
     return Backbone(
@@ -239,6 +305,7 @@ def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
 
 
 def weights_of(part: Path) -> list[Path]:
-    """A part's files of weights: the plain ones, those of variant fp16 where there are no others."""
+    """A part's files of weights: the plain ones, those of variant fp16 where there are no
+    others."""
     files = sorted(part.glob("*.safetensors"))
     return [file for file in files if ".fp16." not in file.name] or files

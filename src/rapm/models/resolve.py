@@ -1,4 +1,5 @@
-"""Whatever a user may name as a teacher, found, checked and fingerprinted before anything of it is loaded."""
+"""Whatever a user may name as a teacher, found, checked and fingerprinted before anything of it is
+loaded."""
 
 from __future__ import annotations
 
@@ -21,31 +22,38 @@ from torch import Tensor
 
 from rapm.config import Config
 from rapm.errors import UserError, first_line
-from rapm.families import Family, families
-from rapm.files import load_metadata
+from rapm.io import load_metadata
+from rapm.models import Family, families
+from rapm.models.teacher import Lora, Teacher, ddim_scheduler, weights_of
 from rapm.schedule import PredictionType, Schedule
-from rapm.teacher import Lora, Teacher, ddim_scheduler, weights_of
 from rapm.toy import TEACHER as TOY
 
 RANDOM = "random:"
-LAYOUTS = Path(__file__).parent / "families" / "layouts"  # published architectures: configs without weights
+LAYOUTS = Path(__file__).parent / "layouts"  # published architectures: configs without weights
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
 }
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_PLAIN_LORA = (".alpha", *(f".{half}.weight" for half in ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up")))
+_PLAIN_LORA = (
+    ".alpha",
+    *(
+        f".{half}.weight"
+        for half in ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up")
+    ),
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) -> Teacher:
+def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) -> Teacher:
     """Finds a teacher.
 
     Args:
-        source: ``toy``; a folder in diffusers' layout; a single .safetensors checkpoint; a hub id, ``owner/name`` or
-            ``owner/name@revision``; ``random:sd15`` or ``random:sdxl``.
-        config: of a single file: a folder in diffusers' layout whose configs and tokenizers are its own too. Without it they
-            are those of the model it descends from, taken from the hub or its cache.
+        source: ``toy``; a folder in diffusers' layout; a single .safetensors checkpoint; a hub id,
+            ``owner/name`` or ``owner/name@revision``; ``random:sd15`` or ``random:sdxl``.
+        config: of a single file: a folder in diffusers' layout whose configs and tokenizers are its
+            own too. Without it they are those of the model it descends from, taken from the hub or
+            its cache.
         loras: ``FILE`` or ``FILE:STRENGTH`` each.
 
     Raises:
@@ -61,8 +69,10 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
             raise UserError(f"there is no architecture '{source}'; there are: {known}")
     elif path.suffix.lower() in _PICKLES:
         raise UserError(
-            f"teacher '{source}' is a pickle, which may run code when it is opened; convert it to .safetensors first "
-            "(on a machine you can spare: torch.load with weights_only=True, then safetensors.torch.save_file)"
+            f"teacher '{source}' is a pickle, which may run code when it is opened; convert it to "
+            f".safetensors first "
+            "(on a machine you can spare: torch.load with weights_only=True, then "
+            "safetensors.torch.save_file)"
         )
     elif path.suffix.lower() == ".safetensors":
         checkpoint, folder = path, _layout_of_checkpoint(path, config)
@@ -72,60 +82,88 @@ def find_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) ->
         folder = _from_hub(*source.partition("@")[::2])
     else:
         raise UserError(
-            f"teacher '{source}' is neither 'toy', nor a folder, nor a .safetensors file, nor a hub id (owner/name)"
+            f"teacher '{source}' is neither 'toy', nor a folder, nor a .safetensors file, nor a "
+            f"hub id (owner/name)"
         )
     if config and not checkpoint:
-        raise UserError("teacher_config goes with a single .safetensors file only; this teacher brings its own configs")
+        raise UserError(
+            "teacher_config goes with a single .safetensors file only; this teacher brings its own "
+            "configs"
+        )
     family = _family(source, folder)
     if not random:
         _check_parts(source, folder, family, weights=checkpoint is None)
     parts = tuple(_lora(text) for text in loras)
     files = [*([checkpoint] if checkpoint else []), *(lora.file for lora in parts)]
-    mark = _fingerprint(folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None)
-    teacher = Teacher(source, folder, checkpoint, random, parts, family, _schedule(source, folder), mark)
+    mark = _fingerprint(
+        folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None
+    )
+    teacher = Teacher(
+        source, folder, checkpoint, random, parts, family, _schedule(source, folder), mark
+    )
     told = _header(checkpoint) if checkpoint else {}
     # Metadata are easily carried on by merges, so they count where nothing else was said.
-    says_v = checkpoint and not config and load_metadata(checkpoint).get("modelspec.prediction_type", "").startswith("v")
+    says_v = (
+        checkpoint
+        and not config
+        and load_metadata(checkpoint).get("modelspec.prediction_type", "").startswith("v")
+    )
     if any(name.startswith("edm_vpred.") for name in told):
         raise UserError(
-            f"teacher '{source}' is sampled by EDM's noise levels (edm_vpred); this version distils DDPM-style models"
+            f"teacher '{source}' is sampled by EDM's noise levels (edm_vpred); this version "
+            f"distils DDPM-style models"
         )
     if ("v_pred" in told or says_v) and teacher.schedule.prediction_type != "v_prediction":
         raise UserError(
-            f"teacher '{source}' says that it predicts v, its configs say '{teacher.schedule.prediction_type}'; name a folder "
+            f"teacher '{source}' says that it predicts v, its configs say "
+            f"'{teacher.schedule.prediction_type}'; name a folder "
             "whose scheduler has prediction_type v_prediction with --teacher-config"
         )
     if "ztsnr" in told and not teacher.config("scheduler").get("rescale_betas_zero_snr"):
         raise UserError(
-            f"teacher '{source}' says that its noise leaves no signal at the end (ztsnr), its configs do not; name a folder "
+            f"teacher '{source}' says that its noise leaves no signal at the end (ztsnr), its "
+            f"configs do not; name a folder "
             "whose scheduler has rescale_betas_zero_snr true with --teacher-config"
         )
-    channels = teacher.config(family.network).get("in_channels"), teacher.config("vae").get("latent_channels")
+    channels = (
+        teacher.config(family.network).get("in_channels"),
+        teacher.config("vae").get("latent_channels"),
+    )
     if None in channels:
-        raise UserError(f"teacher '{source}': the config of its {family.network} or vae is incomplete")
+        raise UserError(
+            f"teacher '{source}': the config of its {family.network} or vae is incomplete"
+        )
     if channels[0] != channels[1]:
         raise UserError(
-            f"teacher '{source}' takes {channels[0]} channels where its VAE gives {channels[1]}: an inpainting or editing "
+            f"teacher '{source}' takes {channels[0]} channels where its VAE gives {channels[1]}: "
+            f"an inpainting or editing "
             "model, not a text-to-image one"
         )
     return teacher
 
 
 def teacher_of(config: Config) -> Teacher:
-    """A run's teacher; raises as :func:`find_teacher` does."""
-    return find_teacher(config.teacher, config=config.teacher_config, loras=config.teacher_loras)
+    """A run's teacher; raises as :func:`resolve_teacher` does."""
+    return resolve_teacher(config.teacher, config=config.teacher_config, loras=config.teacher_loras)
 
 
 def architecture_of(config: Config) -> Teacher:
-    """A run's teacher for planning: of the published models the shipped configs are enough, so nothing is downloaded."""
+    """A run's teacher for planning: of the published models the shipped configs are enough, so
+    nothing is downloaded."""
     published = PUBLISHED.get(config.teacher.partition("@")[0])
-    return replace(find_teacher(published), source=config.teacher) if published else teacher_of(config)
+    return (
+        replace(resolve_teacher(published), source=config.teacher)
+        if published
+        else teacher_of(config)
+    )
 
 
 def _family(source: str, folder: Path) -> Family:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"teacher '{source}' is no folder in diffusers' layout (no model_index.json in it)")
+        raise UserError(
+            f"teacher '{source}' is no folder in diffusers' layout (no model_index.json in it)"
+        )
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
@@ -137,14 +175,25 @@ def _family(source: str, folder: Path) -> Family:
 
 
 def _check_parts(source: str, folder: Path, family: Family, *, weights: bool) -> None:
-    """Whether everything that will be loaded in the end is there: nobody wants to hear of it after the rollout."""
+    """Whether everything that will be loaded in the end is there: nobody wants to hear of it after
+    the rollout."""
     for part in (family.network, "vae", *family.text_parts, "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(f"teacher '{source}' is incomplete: it has no {part}")
-        if weights and not part.startswith(("tokenizer", "scheduler")) and not any((folder / part).glob("*.safetensors")):
+        if (
+            weights
+            and not part.startswith(("tokenizer", "scheduler"))
+            and not any((folder / part).glob("*.safetensors"))
+        ):
             pickled = any((folder / part).glob("*.bin"))
-            hint = ", only pickled ones, which are not read; save it anew with safe_serialization=True" if pickled else ""
-            raise UserError(f"teacher '{source}' is incomplete: its {part} has no .safetensors weights{hint}")
+            hint = (
+                ", only pickled ones, which are not read; save it anew with safe_serialization=True"
+                if pickled
+                else ""
+            )
+            raise UserError(
+                f"teacher '{source}' is incomplete: its {part} has no .safetensors weights{hint}"
+            )
         if part.startswith("tokenizer") and not any(
             (folder / part / name).is_file() for name in ("vocab.json", "tokenizer.json")
         ):
@@ -156,11 +205,14 @@ def _schedule(source: str, folder: Path) -> Schedule:
         config: Any = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
         scheduler = ddim_scheduler(config)
     except (OSError, ValueError):
-        raise UserError(f"teacher '{source}' has no readable scheduler/scheduler_config.json") from None
+        raise UserError(
+            f"teacher '{source}' has no readable scheduler/scheduler_config.json"
+        ) from None
     if not {"beta_start", "trained_betas"} & {*config}:
         name = config.get("_class_name", "scheduler")
         raise UserError(
-            f"teacher '{source}' has a {name}, which has no betas (flow matching?); this version distils DDPM-style models"
+            f"teacher '{source}' has a {name}, which has no betas (flow matching?); this version "
+            f"distils DDPM-style models"
         )
     kind, timesteps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
     if kind not in get_args(PredictionType) or timesteps != 1000:
@@ -170,7 +222,8 @@ def _schedule(source: str, folder: Path) -> Schedule:
         )
     if kind == "epsilon" and scheduler.config["rescale_betas_zero_snr"]:
         raise UserError(
-            f"teacher '{source}' predicts the noise where there is nothing but noise (zero terminal SNR with epsilon)"
+            f"teacher '{source}' predicts the noise where there is nothing but noise (zero "
+            f"terminal SNR with epsilon)"
         )
     return Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, kind)
 
@@ -183,12 +236,18 @@ def _lora(text: str) -> Lora:
     except ValueError:  # the colon belongs to the path
         file, strength = Path(text), 1.0
     if file.suffix.lower() in _PICKLES:
-        raise UserError(f"LoRA {file} is a pickle, which may run code when it is opened; convert it to .safetensors first")
+        raise UserError(
+            f"LoRA {file} is a pickle, which may run code when it is opened; convert it to "
+            f".safetensors first"
+        )
     if not file.is_file():
         raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
     strange = [name for name in _header(file) if not name.endswith(_PLAIN_LORA)]
     if strange:  # diffusers drops some of these without a word
-        raise UserError(f"LoRA {file} holds '{strange[0]}', which is no plain LoRA's (a DoRA, LoHa, LoKr or another kind)")
+        raise UserError(
+            f"LoRA {file} holds '{strange[0]}', which is no plain LoRA's (a DoRA, LoHa, LoKr or "
+            f"another kind)"
+        )
     return Lora(file, strength)
 
 
@@ -201,7 +260,10 @@ def _header(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
-            return {name: torch.empty(tensors.get_slice(name).get_shape(), device="meta") for name in names}
+            return {
+                name: torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                for name in names
+            }
     except FileNotFoundError:
         raise UserError(f"there is no file {file}") from None
     except (SafetensorError, OSError):
@@ -225,18 +287,31 @@ def _layout_of_checkpoint(file: Path, config: str) -> Path:
         "a VAE": ("first_stage_model.",),
         "a text encoder": ("cond_stage_model.", "conditioner.embedders."),
     }
-    missing = [part for part, prefixes in parts.items() if not any(name.startswith(prefixes) for name in header)]
+    missing = [
+        part
+        for part, prefixes in parts.items()
+        if not any(name.startswith(prefixes) for name in header)
+    ]
     if kind not in known:
-        raise UserError(f"teacher '{file}' looks like '{kind}'; of single files this version distils {', '.join(known)}")
+        raise UserError(
+            f"teacher '{file}' looks like '{kind}'; of single files this version distils "
+            f"{', '.join(known)}"
+        )
     if missing:  # "v1" is what diffusers calls whatever it does not know
-        raise UserError(f"teacher '{file}' is no whole checkpoint: there is no {' and no '.join(p[2:] for p in missing)} in it")
+        raise UserError(
+            f"teacher '{file}' is no whole checkpoint: there is no "
+            f"{' and no '.join(p[2:] for p in missing)} in it"
+        )
     if config:
         if _family(config, Path(config)) is not known[kind]:
-            raise UserError(f"teacher '{file}' is '{kind}', and the configs in {config} are of another family")
+            raise UserError(
+                f"teacher '{file}' is '{kind}', and the configs in {config} are of another family"
+            )
         return Path(config)
     if kind == "v2":
         raise UserError(
-            f"teacher '{file}' is of Stable Diffusion 2, and such a file does not say whether it predicts noise or v; name a "
+            f"teacher '{file}' is of Stable Diffusion 2, and such a file does not say whether it "
+            f"predicts noise or v; name a "
             "folder in diffusers' layout that does with --teacher-config"
         )
     repository = fetch_diffusers_config(header)["pretrained_model_name_or_path"]
@@ -250,14 +325,17 @@ def _layout_of_checkpoint(file: Path, config: str) -> Path:
         return folder
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise UserError(
-            f"teacher '{file}' is '{kind}', whose configs and tokenizer are those of {repository}; that is not in the cache "
-            f"and cannot be downloaded ({first_line(error)}); name a folder in diffusers' layout of the same kind with "
+            f"teacher '{file}' is '{kind}', whose configs and tokenizer are those of {repository}; "
+            f"that is not in the cache "
+            f"and cannot be downloaded ({first_line(error)}); name a folder in diffusers' layout "
+            f"of the same kind with "
             "--teacher-config"
         ) from None
 
 
 def _first_cached(download: Any, repository: str, **given: Any) -> Any:
-    """From the cache if it is there, so that a run goes on where there is no network, and with what it began with."""
+    """From the cache if it is there, so that a run goes on where there is no network, and with what
+    it began with."""
     try:
         return download(repository, local_files_only=True, **given)
     except (OSError, ValueError):
@@ -276,7 +354,8 @@ def _from_hub(repository: str, revision: str) -> Path:
         return folder
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise UserError(
-            f"teacher '{repository}' is no folder here, not in the hub's cache, and cannot be downloaded: {first_line(error)}"
+            f"teacher '{repository}' is no folder here, not in the hub's cache, and cannot be "
+            f"downloaded: {first_line(error)}"
         ) from None
 
 
@@ -292,17 +371,27 @@ def _sample(file: Path, size: int, changed: int) -> str:
 
 
 def _fingerprint(folder: Path, files: Sequence[Path], extra: str, *, weights: bool) -> str:
-    """Of what a trajectory depends on: configs and tokenizers, the folder's weights if it is they that are loaded, and the
-    other files that weights come from. What else is in the folder, or comes into the hub's cache later, does not count."""
+    """Of what a trajectory depends on: configs and tokenizers, the folder's weights if it is they
+    that are loaded, and the other files that weights come from. What else is in the folder, or
+    comes into the hub's cache later, does not count."""
     digest = hashlib.sha256(extra.encode())
     parts = ("unet", "transformer", "text_encoder", "tokenizer", "scheduler")
     chosen: dict[str, Path] = {}
     for part in folder.iterdir():
         if part.is_dir() and part.name.startswith(parts):
-            texts = [f for f in part.rglob("*") if f.suffix in (".json", ".txt", ".model") and ".index." not in f.name]
+            texts = [
+                f
+                for f in part.rglob("*")
+                if f.suffix in (".json", ".txt", ".model") and ".index." not in f.name
+            ]
             loaded = weights_of(part) if weights else []
             chosen |= {file.relative_to(folder).as_posix(): file for file in (*texts, *loaded)}
-    for name, file in [*sorted(chosen.items()), *((f"file {k}", file) for k, file in enumerate(files))]:
+    for name, file in [
+        *sorted(chosen.items()),
+        *((f"file {k}", file) for k, file in enumerate(files)),
+    ]:
         status = file.stat()
-        digest.update(f"{name} {status.st_size} {_sample(file, status.st_size, status.st_mtime_ns)} ".encode())
+        digest.update(
+            f"{name} {status.st_size} {_sample(file, status.st_size, status.st_mtime_ns)} ".encode()
+        )
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Frozen weights held in fewer bits: the network of the weights they stand for, to the last bit, at a fraction of the bytes."""
+"""Frozen weights held in fewer bits: the network of the weights they stand for, to the last bit, at
+a fraction of the bytes."""
 
 from __future__ import annotations
 
@@ -12,17 +13,25 @@ from test_network import CALL, backbone, inputs, shake
 from torch import Tensor, nn
 
 from rapm.errors import UserError
-from rapm.families.stable_diffusion import UNET_LORA_TARGETS, unet_taps
+from rapm.models.stable_diffusion import UNET_LORA_TARGETS, unet_taps
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.quantized import Kind, quantize
+from rapm.quantize import Kind, quantize
 
 KINDS: tuple[Kind, ...] = ("int8", "fp8", "nf4")
 
 
-def held(kind: str, base: Kind, checkpointing: bool = False, dtype: torch.dtype = torch.float32) -> Backbone:
+def held(
+    kind: str, base: Kind, checkpointing: bool = False, dtype: torch.dtype = torch.float32
+) -> Backbone:
     body = backbone(kind=kind, dtype=dtype)
     quantize(body.network, UNET_LORA_TARGETS, base)
-    return Backbone(body.network, CALL[kind], UNET_LORA_TARGETS, unet_taps(body.network), gradient_checkpointing=checkpointing)
+    return Backbone(
+        body.network,
+        CALL[kind],
+        UNET_LORA_TARGETS,
+        unet_taps(body.network),
+        gradient_checkpointing=checkpointing,
+    )
 
 
 def full(layer: nn.Module) -> Tensor:
@@ -49,7 +58,8 @@ def test_it_is_the_network_of_the_weights_it_stands_for(kind: str, base: Kind) -
         assert set(layers) == {
             name
             for name, m in plain.network.named_modules()
-            if isinstance(m, nn.Linear | nn.Conv2d) and f".{name}".endswith(tuple(f".{target}" for target in UNET_LORA_TARGETS))
+            if isinstance(m, nn.Linear | nn.Conv2d)
+            and f".{name}".endswith(tuple(f".{target}" for target in UNET_LORA_TARGETS))
         }
         for name, layer in layers.items():
             plain.network.get_submodule(name).weight.data = full(layer)
@@ -66,16 +76,25 @@ def test_it_is_the_network_of_the_weights_it_stands_for(kind: str, base: Kind) -
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("base", "error", "share"), [("int8", 0.01, 0.6), ("fp8", 0.04, 0.6), ("nf4", 0.12, 0.4)])
+@pytest.mark.parametrize(
+    ("base", "error", "share"), [("int8", 0.01, 0.6), ("fp8", 0.04, 0.6), ("nf4", 0.12, 0.4)]
+)
 def test_what_it_costs_and_saves(base: Kind, error: float, share: float) -> None:
-    """Weights come back within the error of their form; bytes of a bfloat16 network, small as it is, fall."""
-    body, plain = held("sdxl", base, dtype=torch.bfloat16), backbone(kind="sdxl", dtype=torch.bfloat16)
+    """Weights come back within the error of their form; bytes of a bfloat16 network, small as it
+    is, fall."""
+    body, plain = (
+        held("sdxl", base, dtype=torch.bfloat16),
+        backbone(kind="sdxl", dtype=torch.bfloat16),
+    )
     for name, layer in quantized_layers(body.network).items():
         weight = plain.network.get_submodule(name).weight.float()
         assert (full(layer).float() - weight).norm() / weight.norm() < error
 
     def size(body: Backbone) -> int:
-        return sum(x.untyped_storage().nbytes() for x in [*body.network.parameters(), *body.network.buffers()])
+        return sum(
+            x.untyped_storage().nbytes()
+            for x in [*body.network.parameters(), *body.network.buffers()]
+        )
 
     assert size(body) < share * size(plain)
     assert body.dtype == torch.bfloat16
@@ -92,7 +111,11 @@ def test_a_zero_channel_comes_back_as_zeros() -> None:
 
 def test_nf4_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(UserError, match="base_precision = 'nf4' takes bitsandbytes; install it with: pip install bitsandbytes"):
+    with pytest.raises(
+        UserError,
+        match="base_precision = 'nf4' takes bitsandbytes; install it with: pip install "
+        "bitsandbytes",
+    ):
         held("sd15", "nf4")
 
 

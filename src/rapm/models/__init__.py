@@ -1,4 +1,5 @@
-"""Model families: what a kind of diffusers pipeline needs told. One file each; docs/families.md shows how to add one."""
+"""Model families: what a kind of diffusers pipeline needs told. One file each; docs/families.md
+shows how to add one."""
 
 from __future__ import annotations
 
@@ -13,25 +14,33 @@ from rapm.objective import Conditioning
 
 @dataclass(frozen=True)
 class Family:
-    """What the library must know of a kind of pipeline. A pipeline it is handed has the parts that were asked for, no others.
+    """What the library must know of a kind of pipeline. A pipeline it is handed has the parts that
+    were asked for, no others.
 
     Attributes:
         pipeline: the diffusers pipeline class.
         network: the part that denoises.
         text_parts: the parts that encode prompts.
-        single_file: what diffusers calls an original checkpoint of this kind; empty where there is none.
-        lora_targets: names of the modules that get LoRA: all attention, feed-forward and convolution layers.
+        single_file: what diffusers calls an original checkpoint of this kind; empty where there is
+            none.
+        lora_targets: names of the modules that get LoRA: all attention, feed-forward and
+            convolution layers.
         taps: module paths of the critics' features for a network.
         call: runs the network: ``(network, z, t, conditioning) -> prediction``.
         encode: ``(pipeline, prompts) -> conditioning`` of each prompt, tensors [n, ...] on the CPU.
-        unconditional: ``(pipeline, negative prompt) -> conditioning`` that guidance leads away from, [1, ...] on the CPU.
-        of_size: ``(width, height) -> conditioning`` that depends on the picture's size alone, tensors [1, ...]; {} for none.
-        conditioning: ``(configs) -> shape`` of each tensor that ``encode`` gives a prompt; known without loading anything.
-        latent_shape: ``(configs, (width, height) in pixels, or None for the network's own) -> (C, h, w)``; ``configs`` gives a
-            part's config by its name. Raises ValueError for a size the network cannot have.
-        decode: ``(pipeline, z [n, C, h, w]) -> images``, float32 [n, 3, H, W] in [-1, 1], on the CPU.
-        base_model: ``(configs) ->`` what a LoRA's metadata call a model of this kind: kohya's ``ss_base_model_version`` and
-            Stability AI's ``modelspec.architecture``.
+        unconditional: ``(pipeline, negative prompt) -> conditioning`` that guidance leads away
+            from, [1, ...] on the CPU.
+        of_size: ``(width, height) -> conditioning`` that depends on the picture's size alone,
+            tensors [1, ...]; {} for none.
+        conditioning: ``(configs) -> shape`` of each tensor that ``encode`` gives a prompt; known
+            without loading anything.
+        latent_shape: ``(configs, (width, height) in pixels, or None for the network's own) -> (C,
+            h, w)``; ``configs`` gives a part's config by its name. Raises ValueError for a size the
+            network cannot have.
+        decode: ``(pipeline, z [n, C, h, w]) -> images``, float32 [n, 3, H, W] in [-1, 1], on the
+            CPU.
+        base_model: ``(configs) ->`` what a LoRA's metadata call a model of this kind: kohya's
+            ``ss_base_model_version`` and Stability AI's ``modelspec.architecture``.
     """
 
     pipeline: type[Any]
@@ -55,6 +64,6 @@ Configs = Callable[[str], Mapping[str, Any]]
 
 def families() -> list[Family]:
     """All that there are."""
-    from rapm.families import sdxl, stable_diffusion
+    from rapm.models import sdxl, stable_diffusion
 
     return [stable_diffusion.FAMILY, sdxl.FAMILY]

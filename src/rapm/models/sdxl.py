@@ -1,4 +1,5 @@
-"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, a pooled embedding, and the picture's size as conditioning."""
+"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, a pooled embedding, and the picture's
+size as conditioning."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from rapm.families import Family
-from rapm.families.stable_diffusion import (
+from rapm.models import Family
+from rapm.models.stable_diffusion import (
     UNET_LORA_TARGETS,
     decode_with_vae,
     in_batches,
@@ -22,29 +23,38 @@ from rapm.objective import Conditioning
 
 
 def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["time_ids"]}
-    return network(z, t, conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+    added = {
+        "text_embeds": conditioning["pooled_prompt_embeds"],
+        "time_ids": conditioning["time_ids"],
+    }
+    return network(z, t, conditioning["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[
+        0
+    ]
 
 
 @torch.no_grad()
 def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     embeds, pooled = [], []
     for batch in in_batches(prompts):
-        found = pipeline.encode_prompt(batch, device=pipeline.device, do_classifier_free_guidance=False)
+        found = pipeline.encode_prompt(
+            batch, device=pipeline.device, do_classifier_free_guidance=False
+        )
         embeds.append(found[0].float().cpu())
         pooled.append(found[2].float().cpu())
     return {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
 
 
 def _unconditional(pipeline: Any, negative: str) -> dict[str, Tensor]:
-    """No negative prompt is zeros where the teacher was trained so, as its pipeline does when none is given."""
+    """No negative prompt is zeros where the teacher was trained so, as its pipeline does when none
+    is given."""
     encoded = _encode(pipeline, [negative])
     zeros = not negative and pipeline.config.force_zeros_for_empty_prompt
     return {name: torch.zeros_like(value) for name, value in encoded.items()} if zeros else encoded
 
 
 def _of_size(width: int, height: int) -> dict[str, Tensor]:
-    """Original size, crop's corner and target size, (height, width) each: a picture that was never scaled nor cropped."""
+    """Original size, crop's corner and target size, (height, width) each: a picture that was never
+    scaled nor cropped."""
     return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
 
 
@@ -60,7 +70,8 @@ FAMILY = Family(
     unconditional=_unconditional,
     of_size=_of_size,
     conditioning=lambda configs: (
-        prompt_embeds_shape(configs) | {"pooled_prompt_embeds": (configs("text_encoder_2")["projection_dim"],)}
+        prompt_embeds_shape(configs)
+        | {"pooled_prompt_embeds": (configs("text_encoder_2")["projection_dim"],)}
     ),
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,

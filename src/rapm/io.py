@@ -1,4 +1,5 @@
-"""Files that are complete or absent: every file is written under a temporary name, synced, then renamed."""
+"""Files that are complete or absent: every file is written under a temporary name, synced, then
+renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``; on success it is synced and renamed to it, on failure removed."""
+    """Gives a temporary path beside ``path``; on success it is synced and renamed to it, on failure
+    removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -34,7 +36,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def complete_or_absent_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder of files that belong together; what stood there before is replaced once the new one is whole."""
+    """The same for a folder of files that belong together; what stood there before is replaced once
+    the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old.partial")
@@ -61,7 +64,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file.
 
     Raises:
@@ -69,14 +74,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     with complete_or_absent(path) as temporary:
         try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+            save_file(
+                {k: v.detach().contiguous() for k, v in tensors.items()},
+                temporary,
+                dict(metadata or {}),
+            )
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from None
         share(temporary)
 
 
 def share(file: Path) -> None:
-    """Gives a file the permissions any new file has; safetensors makes its files for their owner alone."""
+    """Gives a file the permissions any new file has; safetensors makes its files for their owner
+    alone."""
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
@@ -99,7 +109,8 @@ def sha256(path: Path) -> str:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser as flat tensors, ``"<index of the parameter>.<name>"``.
 
-    Read off ``state`` itself: bitsandbytes' ``state_dict`` hides its own in a wrapper. Its tables of 256 numbers are one for
+    Read off ``state`` itself: bitsandbytes' ``state_dict`` hides its own in a wrapper. Its tables
+        of 256 numbers are one for
     all parameters, which safetensors refuses; so small tensors are copied.
     """
     flat = {
@@ -115,7 +126,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     for index, p in enumerate(_parameters(optimizer)):
         own = under_prefix(str(index), tensors)
         # A whole number is a count of steps that was no tensor.
-        state = {name: value.item() if value.dtype == torch.int64 else value.to(p.device) for name, value in own.items()}
+        state = {
+            name: value.item() if value.dtype == torch.int64 else value.to(p.device)
+            for name, value in own.items()
+        }
         if state:
             optimizer.state[p] = state
 
@@ -130,4 +144,8 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of ``tensors`` that :func:`with_prefix` put there, under its own names again."""
-    return {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
+    return {
+        key.removeprefix(f"{prefix}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{prefix}.")
+    }

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from rapm.files import (
+from rapm.io import (
     complete_or_absent,
     load_optimizer_tensors,
     load_tensors,
@@ -33,7 +33,11 @@ def test_a_complete_file_replaces_the_older_one(tmp_path):
 
 
 @pytest.mark.parametrize("before", [{}, {"a.txt": "old and whole"}], ids=["absent", "older"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), KeyboardInterrupt()],
+    ids=["full", "interrupt"],
+)
 def test_a_failure_leaves_what_was_there(tmp_path, before, error):
     for name, text in before.items():
         (tmp_path / name).write_text(text)
@@ -67,21 +71,27 @@ def test_tensors_round_trip(tmp_path):
     }
     save_tensors(tmp_path / "a.safetensors", tensors, {"step": "7"})
     loaded = load_tensors(tmp_path / "a.safetensors")
-    assert {name: value.dtype for name, value in loaded.items()} == {name: value.dtype for name, value in tensors.items()}
+    assert {name: value.dtype for name, value in loaded.items()} == {
+        name: value.dtype for name, value in tensors.items()
+    }
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
 def test_prefixes():
     assert with_prefix("student", {"a.b": 1}) == {"student.a.b": 1}
-    assert under_prefix("student", {"student.a.b": 1, "student2.a": 2, "a.student.b": 3}) == {"a.b": 1}
+    assert under_prefix("student", {"student.a.b": 1, "student2.a": 2, "a.student.b": 3}) == {
+        "a.b": 1
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------ optimisers
+# ---- optimisers
 
 
 def learner(weights, fused):
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]
-    return parameters, torch.optim.AdamW(parameters, lr=0.01, betas=(0.0, 0.999), weight_decay=0.1, fused=fused)
+    return parameters, torch.optim.AdamW(
+        parameters, lr=0.01, betas=(0.0, 0.999), weight_decay=0.1, fused=fused
+    )
 
 
 def take_steps(parameters, optimizer, steps):

@@ -11,16 +11,20 @@ from torch.nn import functional as F
 
 
 class Head(nn.Module):
-    """Reads one feature map: two [conv 1x1, GroupNorm, LeakyReLU] with a residual, then one channel (PCM's head for SDXL).
+    """Reads one feature map: two [conv 1x1, GroupNorm, LeakyReLU] with a residual, then one channel
+    (PCM's head for SDXL).
 
-    A projection to ``width`` comes first, so that a head costs the same whatever the network's width.
+    A projection to ``width`` comes first, so that a head costs the same whatever the network's
+    width.
     """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, width, 1)
         self.convs = nn.ModuleList([nn.Conv2d(width, width, 1) for _ in range(2)])
-        self.norms = nn.ModuleList([nn.GroupNorm(math.gcd(32, width // 4), width) for _ in range(2)])
+        self.norms = nn.ModuleList(
+            [nn.GroupNorm(math.gcd(32, width // 4), width) for _ in range(2)]
+        )
         self.out = nn.Conv2d(width, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""The frozen network's large weights held in fewer bits, and brought back to full precision where they are used.
+"""The frozen network's large weights held in fewer bits, and brought back to full precision where
+they are used.
 
-Ours and not a library's, for two reasons: torchao and bitsandbytes hold linear layers only, where much of Stable Diffusion 1.5
-is convolution; and diffusers' layerwise casting cannot be trained through without gradient checkpointing (docs/cost.md).
-Neither the full weight nor anything else of a layer is kept for the backward pass: the weight is brought back once more there.
+Ours and not a library's, for two reasons: torchao and bitsandbytes hold linear layers only, where
+much of Stable Diffusion 1.5 is convolution; and diffusers' layerwise casting cannot be trained
+through without gradient checkpointing (docs/cost.md). Neither the full weight nor anything else of
+a layer is kept for the backward pass: the weight is brought back once more there.
 """
 
 from __future__ import annotations
@@ -23,22 +25,31 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def quantize(network: nn.Module, names: Sequence[str], kind: Kind) -> None:
-    """Holds the weights of a frozen network's linear and convolution layers in fewer bits; before any adapter is added.
+    """Holds the weights of a frozen network's linear and convolution layers in fewer bits; before
+    any adapter is added.
 
-    The layers keep their class, which peft takes for an adapter's too; ``weight`` becomes the packed bytes, of an integer
-    dtype, which peft does not cast adapters to.
+    The layers keep their class, which peft takes for an adapter's too; ``weight`` becomes the
+    packed bytes, of an integer dtype, which peft does not cast adapters to.
 
     Args:
         names: the layers' names or endings of names; the others keep their precision.
-        kind: int8 and fp8 (e4m3) with one scale for each output channel; nf4, 4-bit NormalFloat in blocks of 64
-            (arXiv 2305.14314), by bitsandbytes.
+        kind: int8 and fp8 (e4m3) with one scale for each output channel; nf4, 4-bit NormalFloat in
+            blocks of 64 (arXiv 2305.14314), by bitsandbytes.
 
     Raises:
         UserError: ``nf4`` and bitsandbytes is not installed.
     """
     endings = tuple(f".{name}" for name in names)
-    pack, full = {"int8": (_pack_int8, _full_int8), "fp8": (_pack_fp8, _full_fp8), "nf4": (_pack_nf4, _full_nf4)}[kind]
-    layers: list[Any] = [m for name, m in network.named_modules() if isinstance(m, Layer) and f".{name}".endswith(endings)]
+    pack, full = {
+        "int8": (_pack_int8, _full_int8),
+        "fp8": (_pack_fp8, _full_fp8),
+        "nf4": (_pack_nf4, _full_nf4),
+    }[kind]
+    layers: list[Any] = [
+        m
+        for name, m in network.named_modules()
+        if isinstance(m, Layer) and f".{name}".endswith(endings)
+    ]
     for layer in layers:
         layer.weight = nn.Parameter(pack(layer, layer.weight.detach()), requires_grad=False)
         # Methods and no closures: torch.compile takes the layers for one function then.
@@ -50,7 +61,9 @@ def _pack_int8(layer: Any, weight: Tensor) -> Tensor:
 
 
 def _full_int8(layer: Any) -> Tensor:
-    return layer.weight * layer.scale  # of the scale's dtype, and on a GPU in one pass over the bytes
+    return (
+        layer.weight * layer.scale
+    )  # of the scale's dtype, and on a GPU in one pass over the bytes
 
 
 def _pack_fp8(layer: Any, weight: Tensor) -> Tensor:
@@ -63,9 +76,13 @@ def _full_fp8(layer: Any) -> Tensor:
 
 
 def _scaled(layer: Any, weight: Tensor, largest: float) -> Tensor:
-    """The weight in float32, so that the largest of each output channel takes the largest number there is; gives the layer its
-    scales."""
-    scale = (weight.float().flatten(1).abs().amax(1) / largest).clamp(min=1e-12).view(-1, *[1] * (weight.ndim - 1))
+    """The weight in float32, so that the largest of each output channel takes the largest number
+    there is; gives the layer its scales."""
+    scale = (
+        (weight.float().flatten(1).abs().amax(1) / largest)
+        .clamp(min=1e-12)
+        .view(-1, *[1] * (weight.ndim - 1))
+    )
     layer.register_buffer("scale", scale.to(weight.dtype))
     return weight.float() / scale
 
@@ -74,9 +91,13 @@ def _pack_nf4(layer: Any, weight: Tensor) -> Tensor:
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError:
-        raise UserError("base_precision = 'nf4' takes bitsandbytes; install it with: pip install bitsandbytes") from None
+        raise UserError(
+            "base_precision = 'nf4' takes bitsandbytes; install it with: pip install bitsandbytes"
+        ) from None
     packed, layer.state = quantize_4bit(weight.flatten(1).contiguous(), quant_type="nf4")
-    layer.register_buffer("scale", layer.state.absmax)  # here to be seen with the layer's other tensors
+    layer.register_buffer(
+        "scale", layer.state.absmax
+    )  # here to be seen with the layer's other tensors
     layer.shapes = packed.shape, weight.shape
     # As many axes as the weight had: peft tells the kind of convolution by them.
     return packed.view(-1, *[1] * (weight.ndim - 1))
@@ -99,7 +120,11 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Any, x: Tensor) -> Tensor:
         ctx.layer, ctx.shape, full = layer, x.shape, layer.full()
-        return F.linear(x, full, layer.bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, full, layer.bias)
+        return (
+            F.linear(x, full, layer.bias)
+            if isinstance(layer, nn.Linear)
+            else layer._conv_forward(x, full, layer.bias)
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:

@@ -9,17 +9,25 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from rapm.families import Configs, Family
+from rapm.models import Configs, Family
 from rapm.objective import Conditioning
 
 UNET_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    *(
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "time_emb_proj",
+    ),
 )
 
 
 def unet_taps(network: nn.Module) -> list[str]:
-    """Every down block and the middle block. The forward stops there: critics never pay for the way up."""
+    """Every down block and the middle block. The forward stops there: critics never pay for the way
+    up."""
     blocks: Any = network.down_blocks
     return [*(f"down_blocks.{i}" for i in range(len(blocks))), "mid_block"]
 
@@ -38,12 +46,20 @@ def unet_latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[i
     unit = factor * 2 ** (len(unet["block_out_channels"]) - 1)
     width, height = size
     if width % unit or height % unit:
-        raise ValueError(f"this teacher's pictures have sides that are multiples of {unit} pixels, not {width}x{height}")
+        raise ValueError(
+            f"this teacher's pictures have sides that are multiples of {unit} pixels, not "
+            f"{width}x{height}"
+        )
     return unet["in_channels"], height // factor, width // factor
 
 
 def prompt_embeds_shape(configs: Configs) -> dict[str, tuple[int, ...]]:
-    return {"prompt_embeds": (configs("text_encoder")["max_position_embeddings"], configs("unet")["cross_attention_dim"])}
+    return {
+        "prompt_embeds": (
+            configs("text_encoder")["max_position_embeddings"],
+            configs("unet")["cross_attention_dim"],
+        )
+    }
 
 
 def in_batches(prompts: Sequence[str], size: int = 64) -> Iterator[list[str]]:
@@ -56,8 +72,14 @@ def decode_with_vae(pipeline: Any, z: Tensor) -> Tensor:
     vae = pipeline.vae
     pixels = z.shape[-2] * z.shape[-1] * pipeline.vae_scale_factor**2
     images = [
-        vae.decode(batch.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float().cpu()
-        for batch in z.split(max(1, (1 << 18) // pixels))  # a quarter of a megapixel at a time: a VAE's activations are large
+        vae.decode(batch.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[
+            0
+        ]
+        .float()
+        .cpu()
+        for batch in z.split(
+            max(1, (1 << 18) // pixels)
+        )  # a quarter of a megapixel at a time: a VAE's activations are large
     ]
     return torch.cat(images).clamp(-1, 1)
 
@@ -68,12 +90,16 @@ def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) 
 
 @torch.no_grad()
 def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-    rows = [pipeline.encode_prompt(batch, pipeline.device, 1, False)[0].float().cpu() for batch in in_batches(prompts)]
+    rows = [
+        pipeline.encode_prompt(batch, pipeline.device, 1, False)[0].float().cpu()
+        for batch in in_batches(prompts)
+    ]
     return {"prompt_embeds": torch.cat(rows)}
 
 
 def _base_model(configs: Configs) -> tuple[str, str]:
-    """2.x projects linearly around attention where 1.x convolves; which 2.x it is, its prediction says."""
+    """2.x projects linearly around attention where 1.x convolves; which 2.x it is, its prediction
+    says."""
     if not configs("unet").get("use_linear_projection"):
         return "sd_v1", "stable-diffusion-v1"
     if configs("scheduler").get("prediction_type") == "v_prediction":

@@ -1,4 +1,5 @@
-"""The stages of a distillation, which the command line calls. Trajectories and training are skipped when they are done."""
+"""The stages of a distillation, which the command line calls. Trajectories and training are skipped
+when they are done."""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ import torch
 from rapm import config as configuration
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.evaluate import toy_protocol
+from rapm.evaluate import toy as toy_protocol
 from rapm.export import export_run
-from rapm.files import write_json
-from rapm.finding import teacher_of
+from rapm.io import write_json
+from rapm.models.resolve import teacher_of
+from rapm.models.teacher import Teacher, load_backbone, move
 from rapm.network import STUDENT, TEACHER
 from rapm.objective import Conditioning
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.run import Run
 from rapm.sample import open_studio, sheet
-from rapm.teacher import Teacher, load_backbone, move
 from rapm.toy import scenes
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts, guided, make_store, stored_prompts
@@ -40,13 +41,17 @@ def _prompts(config: Config) -> PromptList:
         return read_prompts(settings.prompts)
     if config.teacher != "toy":
         raise UserError(
-            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out prompts.txt' makes one)"
+            "trajectories.prompts names no file; give one with --prompts FILE ('rapm prompts --out "
+            "prompts.txt' makes one)"
         )
-    return PromptList([Prompt(caption) for caption in scenes.captions(settings.count, settings.seed, "train")], 0)
+    return PromptList(
+        [Prompt(caption) for caption in scenes.captions(settings.count, settings.seed, "train")], 0
+    )
 
 
 def open_run(config: Config, out: Path) -> Run:
-    """Creates a run or goes on with one, once all that its settings name is there: a mistake leaves no folder behind.
+    """Creates a run or goes on with one, once all that its settings name is there: a mistake leaves
+    no folder behind.
 
     Raises:
         UserError: no such teacher, prompts or device, or the folder holds something else.
@@ -60,7 +65,8 @@ def open_run(config: Config, out: Path) -> Run:
 
 
 def describe_prompts(run: Run) -> str:
-    """One line about a run's prompts: how many there are, were left out, and are longer than the teacher reads.
+    """One line about a run's prompts: how many there are, were left out, and are longer than the
+    teacher reads.
 
     Raises:
         UserError: the prompts or the teacher are not as they must be.
@@ -72,13 +78,17 @@ def describe_prompts(run: Run) -> str:
     return report(prompts, used, longer, limit)
 
 
-# ------------------------------------------------------------------------------------------------------------- trajectories
+# ---- trajectories
 
 
 def _facts(config: Config, teacher: Teacher, prompts: PromptList) -> dict[str, Any]:
     """All that trajectories depend on."""
-    listed = json.dumps([[prompt.text, prompt.seed] for prompt in prompts.prompts[: config.trajectories.count]])
-    return _facts_without_prompts(config, teacher) | {"prompts": hashlib.sha256(listed.encode()).hexdigest()}
+    listed = json.dumps(
+        [[prompt.text, prompt.seed] for prompt in prompts.prompts[: config.trajectories.count]]
+    )
+    return _facts_without_prompts(config, teacher) | {
+        "prompts": hashlib.sha256(listed.encode()).hexdigest()
+    }
 
 
 def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
@@ -92,7 +102,9 @@ def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
         "size": settings.size,
         "seed": settings.seed,
         "count": settings.count,
-        "precision": config.precision if config.base_precision == "same" else f"{config.precision}, {config.base_precision}",
+        "precision": config.precision
+        if config.base_precision == "same"
+        else f"{config.precision}, {config.base_precision}",
         "shard_size": settings.shard_size,
         "rapm": version("rapm"),
     }
@@ -108,18 +120,22 @@ def _within_memory(config: Config, stage: Stage) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
         free, others = save_memory(config, stage)
         raise UserError(
             f"memory does not suffice for {stage}; what is finished is kept. In order of effect: "
-            f"{', '.join(free) or 'nothing'} (the run goes on); {', '.join(others)} (another --out); each by --set of "
+            f"{', '.join(free) or 'nothing'} (the run goes on); {', '.join(others)} (another "
+            f"--out); each by --set of "
             "'rapm distill'"
         ) from None
 
 
 def save_memory(config: Config, stage: Stage) -> tuple[list[str], list[str]]:
-    """Settings that would lower a stage's memory, the most effective first: those a run can go on with, and the others."""
+    """Settings that would lower a stage's memory, the most effective first: those a run can go on
+    with, and the others."""
     training, rank = config.training, config.student.rank
     in_training, whole = stage == "training", config.precision == "float32"
     held = stage != "pictures"  # those are drawn on the whole network
@@ -138,24 +154,32 @@ def save_memory(config: Config, stage: Stage) -> tuple[list[str], list[str]]:
         f"student.rank={rank // 2}": in_training and rank > 1,
         "a smaller trajectories.size": True,
     }
-    return [name for name, helps in free.items() if helps], [name for name, helps in others.items() if helps]
+    return [name for name, helps in free.items() if helps], [
+        name for name, helps in others.items() if helps
+    ]
 
 
 def make_trajectories(run: Run) -> TrajectoryStore:
     """Rolls out the teacher for every prompt and seed, or goes on with it, or opens what is there.
 
     Raises:
-        UserError: the prompts, the teacher or an existing store are not as they must be, or memory does not suffice.
+        UserError: the prompts, the teacher or an existing store are not as they must be, or memory
+            does not suffice.
     """
     config, settings = run.config, run.config.trajectories
     teacher = teacher_of(config)
     listed = _prompts(config)
-    prompts = listed.prompts[: settings.count]  # no trajectory has one of the others, and encoding them takes memory
+    prompts = listed.prompts[
+        : settings.count
+    ]  # no trajectory has one of the others, and encoding them takes memory
     facts = _facts(config, teacher, listed)
     if check_facts(run.trajectories, facts, complete=True):
         return TrajectoryStore.open(run.trajectories)
     device, family = config.torch_device, teacher.family
-    sizes = [(teacher.latent_shape(size), family.of_size(*(size or teacher.size()))) for size in settings.sizes()]
+    sizes = [
+        (teacher.latent_shape(size), family.of_size(*(size or teacher.size())))
+        for size in settings.sizes()
+    ]
     with _within_memory(config, "trajectories"):
         conditioning, unconditional = _encode(teacher, prompts, config)
         backbone = load_backbone(teacher, config, device)
@@ -181,23 +205,30 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         )
 
 
-def _encode(teacher: Teacher, prompts: Sequence[Prompt], config: Config) -> tuple[Conditioning, Conditioning]:
-    """Of the prompts and of the negative prompt. The text encoders are gone when this returns: the rollout has the GPU."""
+def _encode(
+    teacher: Teacher, prompts: Sequence[Prompt], config: Config
+) -> tuple[Conditioning, Conditioning]:
+    """Of the prompts and of the negative prompt. The text encoders are gone when this returns: the
+    rollout has the GPU."""
     texts = teacher.load(teacher.family.text_parts, config.torch_dtype, config.torch_device)
     negative = config.trajectories.negative_prompt
-    encoded = teacher.family.encode(texts, [prompt.text for prompt in prompts]), teacher.family.unconditional(texts, negative)
+    encoded = (
+        teacher.family.encode(texts, [prompt.text for prompt in prompts]),
+        teacher.family.unconditional(texts, negative),
+    )
     move(texts, "cpu")
     return encoded
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ---- training
 
 
 def train_run(run: Run) -> bool:
     """Trains the student to the run's last iteration. Returns False when the user stopped it.
 
     Raises:
-        UserError: there are no trajectories, they are another teacher's, memory does not suffice, or training cannot go on.
+        UserError: there are no trajectories, they are another teacher's, memory does not suffice,
+            or training cannot go on.
     """
     if run.checkpoint_steps()[-1:] == [run.config.training.iterations]:
         return True
@@ -205,10 +236,15 @@ def train_run(run: Run) -> bool:
     check_facts(run.trajectories, _facts_without_prompts(run.config, teacher))
     store = TrajectoryStore.open(run.trajectories)
     with _within_memory(run.config, "training"):
-        return train(run, load_backbone(teacher, run.config, run.config.torch_device), store, teacher.schedule)
+        return train(
+            run,
+            load_backbone(teacher, run.config, run.config.torch_device),
+            store,
+            teacher.schedule,
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------------- results
+# ---- results
 
 
 def sample_run(
@@ -222,11 +258,13 @@ def sample_run(
     count: int = 8,
     file: Path | None = None,
 ) -> Path:
-    """Draws a sheet from the same seeds: the teacher at many steps, the teacher at few steps, the student of the newest
-    checkpoint. A run may be training meanwhile; one that has no checkpoint yet gives the teacher's two rows.
+    """Draws a sheet from the same seeds: the teacher at many steps, the teacher at few steps, the
+    student of the newest checkpoint. A run may be training meanwhile; one that has no checkpoint
+    yet gives the teacher's two rows.
 
     Args:
-        prompts: taken in turn; none gives held-out captions of the toy world, or the first of the run's own prompts.
+        prompts: taken in turn; none gives held-out captions of the toy world, or the first of the
+            run's own prompts.
         steps: the student's; N when left out.
         few_steps: the teacher's in the second row; as many as the student's when left out.
         count: pictures a row.
@@ -249,13 +287,26 @@ def sample_run(
     calls = 1 if scale == 1 else 2
     name, so_far = f"seed-{seed}-steps-{steps}", ""
     if iteration < iterations:  # each look at a run that learns is kept
-        name, so_far = f"{name}-iteration-{iteration}", f", after {iteration:,} of {iterations:,} iterations"
+        name, so_far = (
+            f"{name}-iteration-{iteration}",
+            f", after {iteration:,} of {iterations:,} iterations",
+        )
     rows = [
-        (f"teacher, {many_steps} steps, guidance {scale:g} ({calls * many_steps} network calls)", TEACHER, many_steps),
-        (f"teacher, {few_steps} steps, guidance {scale:g} ({calls * few_steps} network calls)", TEACHER, few_steps),
+        (
+            f"teacher, {many_steps} steps, guidance {scale:g} ({calls * many_steps} network calls)",
+            TEACHER,
+            many_steps,
+        ),
+        (
+            f"teacher, {few_steps} steps, guidance {scale:g} ({calls * few_steps} network calls)",
+            TEACHER,
+            few_steps,
+        ),
     ]
     if iteration:
-        rows.append((f"student, {steps} steps, no guidance ({steps} network calls){so_far}", STUDENT, steps))
+        rows.append(
+            (f"student, {steps} steps, no guidance ({steps} network calls){so_far}", STUDENT, steps)
+        )
     file = file or run.samples / f"{name}.png"
     with _within_memory(run.config, "pictures"):
         images = [(title, studio.images(role, texts, seeds, n)) for title, role, n in rows]
@@ -263,8 +314,11 @@ def sample_run(
     return file
 
 
-def evaluate_run(run: Run, split: scenes.Split = "test") -> tuple[list[toy_protocol.Row], list[str]]:
-    """Scores a run of the toy world and writes ``scores.json``. Returns the rows and the bars missed, in words."""
+def evaluate_run(
+    run: Run, split: scenes.Split = "test"
+) -> tuple[list[toy_protocol.Row], list[str]]:
+    """Scores a run of the toy world and writes ``scores.json``. Returns the rows and the bars
+    missed, in words."""
     if run.config.teacher != "toy":
         raise UserError("only the toy teacher has an oracle to be scored with, as yet")
     rows = toy_protocol.score(open_studio(run), split, run.config.trajectories.slots)
@@ -291,12 +345,15 @@ def distill(
     preset: str | None = None,
     settings: Sequence[str] = (),
 ) -> Run | None:
-    """The whole chain: trajectories, training, export, a sheet of pictures. Call it again to go on where it stopped.
+    """The whole chain: trajectories, training, export, a sheet of pictures. Call it again to go on
+    where it stopped.
 
     Args:
-        teacher: see :func:`rapm.finding.find_teacher`, and there for ``teacher_config`` and ``teacher_loras``.
+        teacher: see :func:`rapm.models.resolve.resolve_teacher`, and there for ``teacher_config`` and
+            ``teacher_loras``.
         out: the run's folder.
-        prompts: a file, or ``hub:OWNER/NAME``, see :func:`rapm.prompts.read_prompts`; the toy teacher can do without.
+        prompts: a file, or ``hub:OWNER/NAME``, see :func:`rapm.prompts.read_prompts`; the toy
+            teacher can do without.
         size: of the pictures, WIDTHxHEIGHT; several with commas between.
         config: TOML file.
         preset: a shipped configuration.

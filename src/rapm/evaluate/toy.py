@@ -1,10 +1,12 @@
-"""The protocol of the embedded world: what is drawn, what is compared with what, and the bars a student must clear.
+"""The protocol of the embedded world: what is drawn, what is compared with what, and the bars a
+student must clear.
 
-For each of 1,000 captions that neither teacher nor student was trained on, one picture from one seed; for the first 200 a
-second picture from another seed, for diversity. FID is to the teacher's 100-step pictures of the same captions from the second
-seeds, so no model meets its own noise there. Settings are tuned on the validation captions, results reported on the test
-captions. What the teacher's pictures come to is shipped, at 100 steps and at 4 (``python -m rapm.toy.score`` wrote it); a few
-of its pictures are drawn again and compared, so that a stale reference cannot go unseen.
+For each of 1,000 captions that neither teacher nor student was trained on, one picture from one
+seed; for the first 200 a second picture from another seed, for diversity. FID is to the teacher's
+100-step pictures of the same captions from the second seeds, so no model meets its own noise there.
+Settings are tuned on the validation captions, results reported on the test captions. What the
+teacher's pictures come to is shipped, at 100 steps and at 4 (``python -m rapm.toy.score`` wrote
+it); a few of its pictures are drawn again and compared, so that a stale reference cannot go unseen.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from rapm.errors import UserError
 from rapm.evaluate.metrics import frechet_distance, pair_distance, sharpness
-from rapm.files import load_tensors, save_tensors, under_prefix, with_prefix
+from rapm.io import load_tensors, save_tensors, under_prefix, with_prefix
 from rapm.network import STUDENT, TEACHER
 from rapm.progress import track
 from rapm.sample import Studio
@@ -38,7 +40,8 @@ _BATCH = 50
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one model at one number of steps; diversity and sharpness are ratios to the teacher's at 100 steps."""
+    """Scores of one model at one number of steps; diversity and sharpness are ratios to the
+    teacher's at 100 steps."""
 
     model: str
     steps: int
@@ -53,8 +56,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is kept of a model's pictures: features of those from the first and from the second seeds, and of the first ones
-    whether they are right and how sharp they are."""
+    """What is kept of a model's pictures: features of those from the first and from the second
+    seeds, and of the first ones whether they are right and how sharp they are."""
 
     first: Tensor
     second: Tensor
@@ -74,26 +77,36 @@ def save_reference(split: Split, many: Measured, few: Measured) -> None:
     """Ships the teacher's pictures as numbers, float16."""
     tensors = {}
     for steps, measured in ((MANY_STEPS, many), (FEW_STEPS, few)):
-        tensors |= with_prefix(str(steps), {name: value.half() for name, value in asdict(measured).items()})
+        tensors |= with_prefix(
+            str(steps), {name: value.half() for name, value in asdict(measured).items()}
+        )
     save_tensors(reference_file(split), tensors)
 
 
 def load_reference(split: Split) -> dict[int, Measured]:
-    """The teacher's pictures at 100 steps and at 4, as numbers. At 100 steps every caption has a second picture.
+    """The teacher's pictures at 100 steps and at 4, as numbers. At 100 steps every caption has a
+    second picture.
 
     Raises:
         UserError: the package has none of this split.
     """
     file = reference_file(split)
     if not file.is_file():
-        raise UserError(f"there is no {file.name}; make it with 'python -m rapm.toy.score --split {split}'")
+        raise UserError(
+            f"there is no {file.name}; make it with 'python -m rapm.toy.score --split {split}'"
+        )
     tensors = {name: value.float() for name, value in load_tensors(file).items()}
-    return {steps: Measured(**under_prefix(str(steps), tensors)) for steps in (MANY_STEPS, FEW_STEPS)}
+    return {
+        steps: Measured(**under_prefix(str(steps), tensors)) for steps in (MANY_STEPS, FEW_STEPS)
+    }
 
 
 def jobs(pairs: int) -> list[Job]:
-    """The protocol's pictures in batches of 50: one for every caption, a second one for the first ``pairs``."""
-    return [("first", i) for i in range(0, CAPTIONS, _BATCH)] + [("second", i) for i in range(0, pairs, _BATCH)]
+    """The protocol's pictures in batches of 50: one for every caption, a second one for the first
+    ``pairs``."""
+    return [("first", i) for i in range(0, CAPTIONS, _BATCH)] + [
+        ("second", i) for i in range(0, pairs, _BATCH)
+    ]
 
 
 def draw(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split, job: Job) -> Drawn:
@@ -120,7 +133,8 @@ def measure(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split)
 
 
 def compared(measured: Measured, many: Measured) -> dict[str, float]:
-    """What a model's pictures come to beside those of the teacher's ``many`` steps, by the names of :class:`Row`."""
+    """What a model's pictures come to beside those of the teacher's ``many`` steps, by the names of
+    :class:`Row`."""
     pairs = len(measured.second)
     return {
         "fid_to_teacher": frechet_distance(measured.first, many.second),
@@ -147,7 +161,8 @@ def score(studio: Studio, split: Split, student_steps: int) -> list[Row]:
     """
     if studio.guidance_scale != GUIDANCE_SCALE:
         raise UserError(
-            f"this run's teacher has guidance scale {studio.guidance_scale:g}; scores compare with the toy teacher's pictures "
+            f"this run's teacher has guidance scale {studio.guidance_scale:g}; scores compare with "
+            f"the toy teacher's pictures "
             f"at {GUIDANCE_SCALE:g}, so there is nothing to score it with"
         )
     oracle = Oracle.load(ORACLE)
@@ -162,7 +177,8 @@ def score(studio: Studio, split: Split, student_steps: int) -> list[Row]:
             measured = reference[steps]
             if (oracle.features(images) - measured.first[:TIMED]).abs().median() > 0.05:
                 raise UserError(
-                    f"{reference_file(split)} was made with another teacher or oracle, or with a negative prompt; "
+                    f"{reference_file(split)} was made with another teacher or oracle, or with a "
+                    f"negative prompt; "
                     "if the teacher was built anew, delete it and run 'python -m rapm.toy.score'"
                 )
         rows.append(
