@@ -1,5 +1,6 @@
 # `make` lists the targets. Another interpreter: `make setup PYTHON=python3.12`.
 PYTHON ?= python3
+METHOD ?= rapm
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -28,10 +29,10 @@ lint: setup  ## ruff check, ruff format --check, pyright
 test: lint  ## lint, then the tests, in two processes side by side
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-demo: setup  ## distil the embedded toy teacher into runs/demo and score the student (CPU, no download)
-	@$(BIN)/rapm distill --teacher toy --out runs/demo
-	@$(BIN)/rapm evaluate runs/demo
+demo: setup  ## distil the toy teacher into runs/demo-METHOD, score it (CPU); METHOD=midpoint
+	@$(BIN)/rapm distill --teacher toy --method $(METHOD) --out runs/demo-$(METHOD)
+	@$(BIN)/rapm evaluate runs/demo-$(METHOD)
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	@rm -rf build .pytest_cache .ruff_cache
-	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,143 +1,110 @@
-"""Time and memory of full-size networks with random weights, beside the bare networks' and PCM's.
+"""Time and memory of full-size networks with random weights, beside the bare network's and PCM's.
 
-    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512, SDXL at 1024 on a GPU; on a
-    CPU SD 1.5 at 256 python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's
-    tables of it python benchmarks/full_size.py --counted           # writes docs/cost.md's table of
-    counted FLOPs and bytes; any machine
+    python benchmarks/full_size.py --out FILE.json     # SD 1.5 at 512 and SDXL at 1024 on a GPU; on
+                                                       # a CPU SD 1.5 at 256
+    python benchmarks/full_size.py --table FILE.json   # writes docs/cost.md's tables of it
+    python benchmarks/full_size.py --counted           # writes docs/cost.md's table of what is
+                                                       # counted; any machine
 
-Every case runs in a process of its own, so that its memory is its own; what is in the file already
-is not run again. An iteration is a turn of the student's, and then where there are critics theirs
-from the way it went; the first is not timed. On a GPU memory is torch's own peak, on a CPU the
-growth of the process's resident memory at its peak over what it was before the network came. A CPU
-without bfloat16 is given float32.
+Every case runs in a process of its own, so that its memory is its own. What is in the file already
+is not run again. Iterations of each kind are made in turn; the first is not timed. On a GPU memory
+is torch's own peak; on a CPU it is what the process's resident memory grew by. A CPU without
+bfloat16 is given float32.
 
-The floor: the network passes that a turn made, made again by the network alone, with backward
-    passes where the turn had them;
-once without any adapter ("bare"), once with the turn's own ("with LoRA"). PCM's iteration is at the
-same N positions, one of each slot, as an iteration here, with rank, precision and checkpointing as
-here, its heads and 8-bit AdamW as published; its VAE and text encoder are left out. What is counted
-rather than measured is the plan's account of the same turns (meta device).
+The floor is the network passes of an iteration, made again by the network alone, with backward
+passes where the iteration had them: without any adapter ("bare"), and with the iteration's own
+("with LoRA").
+
+PCM's iterations are at the same N positions, one in each slot, with rank, precision and
+checkpointing as here, and its heads and 8-bit AdamW as published. Its VAE and text encoder are left
+out. What is counted and not measured is the plan's account (meta device).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import psutil
 import torch
-from baselines import pcm
+from baselines import Pictures, pcm
+from machine import Memory, processor, timed
 from markers import markdown, replace_between
-from torch import Tensor
+from torch import Tensor, nn
 
-from rapm import config as configuration
+from rapm import settings
 from rapm.compiled import compile_blocks
 from rapm.config import Config
 from rapm.counting import count
 from rapm.doctor import cpu_has_bfloat16
 from rapm.estimate import (
     Stub,
+    bytes_of,
     duration,
-    given,
     make_plan,
-    peak_of_process,
     teacher_pass,
-    walking,
     without_weights,
 )
+from rapm.io import write_json
+from rapm.methods import METHODS, Batch, Method
 from rapm.models.resolve import architecture_of
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.objective import Conditioning
-from rapm.train import make_players
-from rapm.turns import Learner, Walked, critic_turn, student_turn
+from rapm.sampling import Conditioning, seeded
+from rapm.train import gradients
+from rapm.versions import versions
 
 GIB = 2**30
 COST = Path(__file__).parents[1] / "docs" / "cost.md"
-START, START_COUNTED = (
-    "<!-- table: benchmarks/full_size.py -->",
-    "<!-- table: benchmarks/full_size.py --counted -->",
-)
-CRITICS = ["critics.adversarial_weight=0.4"]
-STORED = ["training.positions=stored", "training.relative_weight=1"]
-PAPER = [*CRITICS, *STORED, "trajectories.fine_steps=25"]
-# Full-size networks: the library's own iteration and what changes its cost, then other iterations.
-SETTINGS: dict[str, list[str]] = {
-    "as the library does it": [],
-    "slot_batch 4": ["training.slot_batch=4"],
-    "no checkpointing": ["training.gradient_checkpointing=false"],
-    "no checkpointing, slot_batch 4": [
-        "training.gradient_checkpointing=false",
-        "training.slot_batch=4",
-    ],
-    "channels_last": ["training.channels_last=true"],
-    "compile": ["training.compile=true"],
-    "int8": ["base_precision=int8"],
-    "fp8": ["base_precision=fp8"],
-    "nf4": ["base_precision=nf4"],
-    "int8, adamw8bit": ["base_precision=int8", "training.optimizer=adamw8bit"],
-    "with critics": CRITICS,
-    "the paper's form": PAPER,
-    "the paper's form, no checkpointing": [*PAPER, "training.gradient_checkpointing=false"],
+START = "<!-- table: benchmarks/full_size.py -->"
+START_COUNTED = "<!-- table: benchmarks/full_size.py --counted -->"
+PCM = "pcm"
+Ways = dict[str, tuple[str, list[str]]]  # by name: a method, and settings
+
+NO_DISCRIMINATORS = "discriminators.adversarial_weight=0"
+NO_CHECKPOINTING = "training.gradient_checkpointing=false"
+EIGHT_BITS = "training.optimizer=adamw8bit"  # PCM's as published
+SETTINGS: Ways = {
+    "RAPM": ("rapm", []),
+    "RAPM, slot_batch 4": ("rapm", ["training.slot_batch=4"]),
+    "RAPM, no checkpointing": ("rapm", [NO_CHECKPOINTING]),
+    "RAPM, no checkpointing, slot_batch 4": ("rapm", [NO_CHECKPOINTING, "training.slot_batch=4"]),
+    "RAPM, compile": ("rapm", ["training.compile=true"]),
+    "RAPM, int8": ("rapm", ["base_precision=int8"]),
+    "RAPM, nf4": ("rapm", ["base_precision=nf4"]),
+    "RAPM, int8, adamw8bit": ("rapm", ["base_precision=int8", EIGHT_BITS]),
+    "RAPM, no discriminators": ("rapm", [NO_DISCRIMINATORS]),
+    "midpoint": ("midpoint", []),
+    "midpoint, no checkpointing": ("midpoint", [NO_CHECKPOINTING]),
+    "PCM": (PCM, [EIGHT_BITS]),
+    "PCM, no checkpointing": (PCM, [EIGHT_BITS, NO_CHECKPOINTING]),
 }
-# As published with AdamW in 8 bits: on SD 1.5 its heads alone have 664 million parameters.
-PCM = {
-    "PCM": ["training.optimizer=adamw8bit"],
-    "PCM, no checkpointing": [
-        "training.optimizer=adamw8bit",
-        "training.gradient_checkpointing=false",
-    ],
+# The toy teacher, for which Python's share is largest.
+TOY: Ways = {
+    "RAPM": ("rapm", []),
+    "RAPM, slot_batch 1": ("rapm", ["training.slot_batch=1"]),
+    "RAPM, compile": ("rapm", ["training.compile=true"]),
+    "RAPM, no discriminators": ("rapm", [NO_DISCRIMINATORS]),
+    "midpoint": ("midpoint", []),
 }
-# The embedded teacher, for which Python's share is largest: as the demo does it, as the library,
-# with critics, and the paper's.
-TOY = {
-    "as the demo does it: no critics, 8 walk ahead": [],
-    "as the demo does it, compiled": ["training.compile=true"],
-    "no critics": ["training.walk_ahead=1"],
-    "with critics": ["training.walk_ahead=1", *CRITICS],
-    "stored positions, both terms": ["training.walk_ahead=1", *CRITICS, *STORED],
-}
-# What is counted: every iteration with critics, if there are any.
-COUNTED = {
-    "as the library does it": [],
-    "with critics": CRITICS,
-    "with critics, stored positions": [
-        *CRITICS,
-        "training.positions=stored",
-        "trajectories.fine_steps=25",
-    ],
-    "the paper's form": PAPER,
-    "followed positions of M = 5": ["training.positions=followed", "trajectories.fine_steps=5"],
-}
+COUNTED = ("RAPM", "RAPM, no discriminators", "midpoint", "PCM")
 
 
 def cases(on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """What is run: the model, its size in pixels, the network's precision, a name, settings."""
+    """What is run: model, size in pixels, the network's precision, a name."""
     half = "bfloat16" if on_gpu or cpu_has_bfloat16() else "float32"
-    for model, size in (
-        [("toy", 64), ("sd15", 512), ("sdxl", 1024)] if on_gpu else [("toy", 64), ("sd15", 256)]
-    ):
+    large = [("sd15", 512), ("sdxl", 1024)] if on_gpu else [("sd15", 256)]
+    for model, size in [("toy", 64), *large]:
         precision = "float32" if model == "toy" else half
-        for name, settings in (TOY if model == "toy" else {**SETTINGS, **PCM}).items():
-            yield {
-                "model": model,
-                "size": size,
-                "precision": precision,
-                "name": name,
-                "settings": settings,
-            }
+        for name in TOY if model == "toy" else SETTINGS:
+            yield {"model": model, "size": size, "precision": precision, "name": name}
 
 
 def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -145,130 +112,75 @@ def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def config_of(case: Mapping[str, Any]) -> Config:
+    """A case's settings; PCM's are RAPM's."""
+    method, own = (TOY if case["model"] == "toy" else SETTINGS)[case["name"]]
+    method = "rapm" if method == PCM else method
     if case["model"] == "toy":
-        return configuration.load(teacher="toy", settings=case["settings"])
-    return full_size(case["model"], case["size"], case["precision"], case["settings"])
-
-
-def full_size(model: str, size: int, precision: str, settings: Sequence[str]) -> Config:
-    given = [
-        f"precision={precision}",
-        f"trajectories.size={size}x{size}",
-        "trajectories.batch_size=1",
-    ]
-    return configuration.load(teacher=f"random:{model}", settings=[*given, *settings])
+        return settings.load(teacher="toy", method=method, settings=own)
+    given = [f"precision={case['precision']}", "trajectories.batch_size=1"]
+    size = f"trajectories.size={case['size']}x{case['size']}"
+    teacher = f"random:{case['model']}"
+    return settings.load(teacher=teacher, method=method, settings=[*given, size, *own])
 
 
 # ---- one case
 
 
-@contextmanager
-def timed(device: str, taken: list[float]) -> Iterator[None]:
-    """Adds what the block took, in seconds."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    yield
-    if device == "cuda":
-        torch.cuda.synchronize()
-    taken.append(time.perf_counter() - started)
-
-
-def clear(learners: list[Learner]) -> None:
-    for learner in learners:
-        learner.optimizer.zero_grad(set_to_none=True)
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it, else its kind."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-class Memory:
-    """Bytes at the peak since the last reset, beyond what the process held when this was made."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
-        self.before = 0 if self.on_gpu else psutil.Process().memory_info().rss
-        self.reset()
-
-    def reset(self) -> None:
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        elif (
-            sys.platform == "linux"
-        ):  # elsewhere the peak is that of the whole process, loading with it
-            if trim := getattr(
-                ctypes.CDLL(None), "malloc_trim", None
-            ):  # glibc keeps what loading has given back
-                trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        if self.on_gpu:
-            return torch.cuda.max_memory_allocated()
-        if sys.platform != "linux":
-            return peak_of_process() - self.before
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-        )
-        return int(status["VmHWM"].split()[0]) * 1024 - self.before
-
-
 @dataclass(frozen=True)
 class Pass:
-    """A network pass that a turn made.
+    """A network pass that an iteration made.
 
     Attributes:
-        graph: whether it was made to be walked back: to its adapter's weights, or, if ``to_input``,
-            to its input alone.
-        tapped: up to the last tap only.
+        graph: whether it has a backward pass: to its adapter's weights, or with ``to_input`` to its
+            input alone.
+        features: it goes as far as the last feature layer.
     """
 
-    role: str
+    adapter: str
     z: Tensor
     t: Tensor
     conditioning: Conditioning
     graph: bool
     to_input: bool
-    tapped: bool
+    features: bool
 
 
-@contextmanager
-def watched(backbone: Backbone) -> Iterator[list[Pass]]:
-    """Notes the passes that are made."""
-    call, seen = backbone.call, []
+class Noting:
+    """A family's ``call`` that can note the passes it makes, in :attr:`passes`."""
 
-    def noted(network: Any, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        role, graph, tapped = (
-            str(backbone.playing),
-            torch.is_grad_enabled(),
-            backbone._features is not None,
-        )
-        seen.append(Pass(role, z.detach(), t, conditioning, graph, z.requires_grad, tapped))
-        return call(network, z, t, conditioning)
+    def __init__(self, teacher: Teacher) -> None:
+        self.call, self.backbone = teacher.family.call, None
+        self.passes: list[Pass] | None = None
+        self.teacher = replace(teacher, family=replace(teacher.family, call=self))
 
-    backbone.call = noted
-    try:
-        yield seen
-    finally:
-        backbone.call = call
+    def load(self, config: Config, device: str) -> Backbone:
+        """The teacher's backbone, whose passes are noted when :attr:`passes` is a list."""
+        self.backbone = load_backbone(self.teacher, config, device)
+        return self.backbone
+
+    def __call__(
+        self, network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        if self.passes is not None and self.backbone is not None:
+            adapter, graph = str(self.backbone.active), torch.is_grad_enabled()
+            features = adapter not in (TEACHER, STUDENT)
+            given = z.detach(), t, conditioning
+            self.passes.append(Pass(adapter, *given, graph, z.requires_grad, features))
+        return self.call(network, z, t, conditioning)
 
 
-def again(backbone: Backbone, passes: list[Pass], adapters: bool) -> None:
-    """The same passes by the network alone, each with its backward pass where it had a graph.
-    Without an adapter that leads to the input, as there is nothing else that it could lead to."""
+def again(backbone: Backbone, passes: Sequence[Pass], adapters: bool) -> None:
+    """The same passes by the network alone, with a backward pass where they had a graph.
+
+    Without an adapter that leads to the input, as there is nothing else that it could lead to.
+    """
     for one in passes:
         to_input = one.graph and (one.to_input or not adapters)
-        with backbone.role(one.role if adapters else TEACHER), torch.set_grad_enabled(one.graph):
+        adapter = one.adapter if adapters else TEACHER
+        with backbone.adapter(adapter), torch.set_grad_enabled(one.graph):
             z = one.z.float().requires_grad_(to_input)
             given = z, one.t, one.conditioning
-            out = backbone.features(*given) if one.tapped else [backbone(*given)]
+            out = backbone.features(*given) if one.features else [backbone(*given)]
             ones = [torch.ones_like(x) for x in out]
             if to_input:
                 torch.autograd.grad(out, z, ones)
@@ -276,266 +188,192 @@ def again(backbone: Backbone, passes: list[Pass], adapters: bool) -> None:
                 torch.autograd.backward(out, ones)
 
 
-def ours(config: Config, teacher: Teacher, repeats: int, iterations: int) -> dict[str, Any]:
-    """Turns, their floor, the rollout, and the losses of a few iterations."""
-    device = config.torch_device
-    stub, memory = Stub(config, teacher, device), Memory(device)
-    backbone = load_backbone(without_weights(teacher), config, device)
-    memory.reset()
-    rows = min(config.trajectories.batch_size, config.trajectories.count)
-    taken = duration(teacher_pass(config, backbone, stub, rows), device, repeats)
-    found: dict[str, Any] = {"rows": rows, "teacher_pass": taken}
-    found["memory_trajectories"] = memory.peak()
-    memory.reset()
-    players = make_players(config, backbone, stub, teacher.schedule)  # type: ignore[arg-type]
-    learners = [players.student, *players.critics.values()]
-    critics = list(players.critics.values())
-    if config.training.compile:
-        compile_blocks(backbone)
-    batch, shown = given(players, stub)
-    walked: list[Walked] = []  # the student's last way
+def make_method(
+    case: Mapping[str, Any], config: Config, backbone: Backbone, teacher: Teacher, store: Stub
+) -> Method:
+    """The case's method, on random positions or pictures."""
+    given: Any = config, backbone, teacher.schedule, store
+    if case["name"] not in SETTINGS or SETTINGS[case["name"]][0] != PCM:
+        return METHODS[config.method](*given)
+    form, device = pcm.FORMS[case["model"]], str(backbone.device)
+    row = store[0]
+    prompts = {name: value[None] for name, value in row.conditioning.items()}
+    second = pcm.second_network(teacher, config, form, device)
+    return pcm.Pcm(*given, Pictures(row.absolute[:1], prompts), second, form)
 
-    def student() -> dict[str, float]:
-        losses, walked[:] = student_turn(players, batch, shown)
-        return losses
 
-    def walk() -> dict[str, float]:
-        walking(players, stub)
-        return {}
+def clear(method: Method) -> None:
+    for learner in method.learners.values():
+        learner.optimizer.zero_grad(set_to_none=True)
 
-    ahead = config.training.walk_ahead
-    work: dict[str, tuple[Callable[[], dict[str, float]], list[Learner]]] = {
-        **(
-            {"walk": (walk, [])} if ahead > 1 else {}
-        ),  # of several iterations: they share what it takes
-        "student": (student, [players.student]),
-        **({"critics": (lambda: critic_turn(players, walked, shown), critics)} if critics else {}),
-    }
-    found |= {
-        "losses": [],
-        "seconds": {name: [] for name in work},
-        "floor": {},
-        "floor_with_lora": {},
-        "passes": {},
-    }
-    for iteration in range(iterations):
-        losses: dict[str, float] = {}
-        for name, (turn, own) in work.items():
-            with timed(device, found["seconds"][name]):
-                losses |= turn()
-                for learner in own:
-                    learner.clip(iteration, 0.0, config.training.gradient_clip)
-                    learner.step(1.0)
-        found["losses"].append(
-            sum(value for key, value in losses.items() if key.endswith(("distance", "critic")))
-        )
-    found["memory"] = memory.peak()
-    for name, (turn, _) in work.items():
-        with watched(backbone) as passes:
-            turn()
-        found["passes"][name] = [[one.role, len(one.z), one.graph, one.tapped] for one in passes]
-        for key, adapters in (("floor", False), ("floor_with_lora", True)):
-            floor: list[float] = []
-            for _ in range(repeats + 1):
-                clear(learners)
-                with timed(device, floor):
-                    again(backbone, passes, adapters)
-            found[key][name] = statistics.median(floor[1:])
-        clear(learners)
-    if ahead > 1:
-        found["seconds"]["walk"] = [seconds / ahead for seconds in found["seconds"]["walk"]]
-        for key in ("floor", "floor_with_lora"):
-            found[key]["walk"] /= ahead
+
+def of_kinds(method: Method) -> dict[str, int]:
+    """An iteration of each kind: the student's, and the discriminators'."""
+    found: dict[str, int] = {}
+    for k in (0, 1):
+        found.setdefault("student" if STUDENT in method.learning(k) else "discriminators", k)
     return found
 
 
-def pcm_of(
-    config: Config, teacher: Teacher, stub: Stub, model: str, device: str
-) -> tuple[pcm.Pcm, Callable[[bool], None]]:
-    """PCM's step, and what calls it for a turn: of the critics, or the student's."""
-    form, grid, bare = pcm.FORMS[model], config.grid(), without_weights(teacher)
-    student, network = (
-        load_backbone(bare, config, device),
-        bare.load_network(config.torch_dtype, device),
-    )
-    other = Backbone(
-        network,
-        bare.family.call,
-        (),
-        pcm.taps(network, form),
-        gradient_checkpointing=config.training.gradient_checkpointing,
-    )
-    student.add_role(STUDENT, config.student.rank, student.lora_targets, 0)
-    rows = {name: value[None] for name, value in stub.trajectory.conditioning.items()}
-    x0 = stub.trajectory.coarse[:1]
-    with other.role(TEACHER), torch.no_grad():
-        channels = [x.shape[1] for x in other.features(x0, torch.zeros(1, dtype=torch.long), rows)]
-    with torch.device(device):
-        heads = pcm.Heads(channels, form)
-    rate = config.student.learning_rate
-    step = pcm.Pcm(
-        student, other, teacher.schedule, grid,
-        Learner(student, STUDENT, None, rate, (0.9, 0.999), 1e-3, config.training.optimizer),
-        Learner(other, "discriminator", heads, rate, (0.0, 0.999), 1e-3, config.training.optimizer),
-        stub.unconditional, config.trajectories.guidance_scale,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-
-    def turn(critic: bool) -> None:
-        for k in range(0, grid.slots * grid.fine_steps, grid.fine_steps):
-            step.turn(x0, [k], rows, generator, critic=critic, share=1 / grid.slots)
-
-    return step, turn
+def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str, Any]:
+    """Iterations, their peak and losses; their floor; a step of the rollout."""
+    started, config = time.monotonic(), config_of(case)
+    device, teacher = config.torch_device, without_weights(architecture_of(config))
+    noting, store, memory = Noting(teacher), Stub(config, teacher, device), Memory(device)
+    backbone = noting.load(config, device)
+    memory.reset()
+    method = make_method(case, config, backbone, teacher, store)
+    batch = Batch.of([store[0]] * config.training.batch_size, backbone.device)
+    if config.training.compile:
+        compile_blocks(backbone)
+    kinds = of_kinds(method)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    losses: list[float] = []
+    for _ in range(iterations):
+        last: dict[str, float] = {}
+        for name, k in kinds.items():
+            with timed(device, seconds[name]):
+                last |= gradients(method, k, batch)
+                for learner in method.learning(k):
+                    method.learners[learner].step(1.0)
+        ends = "distance", "discriminator"
+        losses.append(sum(value for key, value in last.items() if key.endswith(ends)))
+    # The first is not timed, unless it is all there is.
+    taken = {name: statistics.median(each[1:] or each) for name, each in seconds.items()}
+    found: dict[str, Any] = {"seconds": taken, "losses": losses, "memory": memory.peak()}
+    if not isinstance(method, pcm.Pcm):
+        found |= floors(noting, backbone, method, batch, repeats)
+    if method.stores_positions:
+        rows = min(config.trajectories.batch_size, config.trajectories.count)
+        step = duration(teacher_pass(config, backbone, store, rows), device, repeats) / rows
+        found["seconds_a_trajectory"] = method.grid.slots * method.grid.fine_steps * step
+    found |= {"device": processor(), "threads": torch.get_num_threads(), "versions": versions()}
+    return {**case, **found, "repeats": repeats, "wall": time.monotonic() - started}
 
 
-def theirs(config: Config, teacher: Teacher, iterations: int, model: str) -> dict[str, Any]:
-    """PCM's turns at the same positions."""
-    device = config.torch_device
-    stub, memory = Stub(config, teacher, device), Memory(device)
-    step, turn = pcm_of(config, teacher, stub, model, device)
-    found: dict[str, Any] = {"seconds": {"critics": [], "student": []}}
-    for iteration in range(2 * iterations):
-        critic = iteration % 2 == 0
-        learner = step.critic if critic else step.learner
-        with timed(device, found["seconds"]["critics" if critic else "student"]):
-            turn(critic)
-            learner.clip(iteration, 0.0, config.training.gradient_clip)
-            learner.step(1.0)
-    return found | {"memory": memory.peak()}
+def floors(
+    noting: Noting, backbone: Backbone, method: Method, batch: Batch, repeats: int
+) -> dict[str, Any]:
+    """Seconds of the bare passes of each kind of iteration, without adapters and with them."""
+    found: dict[str, Any] = {"floor": {}, "floor_with_lora": {}, "passes": {}}
+    device = backbone.device.type
+    for name, k in of_kinds(method).items():
+        noting.passes = []
+        method.training_step(k, batch, seeded("full size"))
+        passes, noting.passes = noting.passes, None
+        found["passes"][name] = [[p.adapter, len(p.z), p.graph, p.features] for p in passes]
+        for key, adapters in (("floor", False), ("floor_with_lora", True)):
+            taken: list[float] = []
+            for _ in range(repeats + 1):
+                clear(method)
+                with timed(device, taken):
+                    again(backbone, passes, adapters)
+            found[key][name] = statistics.median(taken[1:])
+        clear(method)
+    return found
 
 
-def counted_pcm(config: Config, model: str) -> tuple[float, int]:
-    """FLOPs of a pair of PCM's turns, and bytes at the peak: networks, adapters, heads, their
-    moments in 8 bits, the rest."""
-    teacher = architecture_of(config)
-    step, turn = pcm_of(config, teacher, Stub(config, teacher, "meta"), model, "meta")
-    modules = step.student.network, step.teacher.network, step.critic.heads
-    held = sum(
-        t.numel() * t.element_size()
-        for module in modules
-        if module
-        for t in [*module.parameters(), *module.buffers()]
-    )
-    moments = sum(
-        2 * p.numel()
-        for learner in (step.learner, step.critic)
-        for p in learner.parameters.values()
-    )
-    flops, peak = 0, 0
-    for critic in (True, False):
-        of_turn, at_most = count(lambda critic=critic: turn(critic))
-        flops, peak = flops + of_turn, max(peak, at_most)
-        for learner in (step.learner, step.critic):
-            learner.optimizer.zero_grad(set_to_none=True)
+# ---- what is counted
+
+
+def counted_pcm(case: Mapping[str, Any]) -> tuple[float, int]:
+    """FLOPs of PCM's two iterations; bytes at the peak with AdamW's moments in 8 bits."""
+    config = config_of(case)
+    teacher = without_weights(architecture_of(config))
+    store, backbone = Stub(config, teacher, "meta"), load_backbone(teacher, config, "meta")
+    method = make_method(case, config, backbone, teacher, store)
+    assert isinstance(method, pcm.Pcm)
+    networks = [backbone.network, method.second.network, method.heads]
+    held = bytes_of(t for part in networks for t in (*part.parameters(), *part.buffers()))
+    moments = 2 * sum(p.numel() for x in method.learners.values() for p in x.parameters.values())
+    batch, flops, peak = Batch.of([store[0]], backbone.device), 0, 0
+    for k in of_kinds(method).values():
+        step, at_most = count(lambda k=k: method.training_step(k, batch, seeded("full size")))
+        flops, peak = flops + step, max(peak, at_most)
+        clear(method)
     return flops, held + moments + peak
 
 
 def counted() -> str:
-    """Markdown: FLOPs of an iteration and bytes at the peak, by the plan's account, beside those of
-    a pair of PCM's turns."""
+    """Markdown: FLOPs of an update of the student's, with the discriminators' that goes with it,
+    and bytes at the peak; by the plan's account."""
     rows = []
     for model, size in (("sd15", 256), ("sd15", 512), ("sdxl", 1024)):
-        found = {}
-        for name, settings in COUNTED.items():
-            config = full_size(
-                model, size, "bfloat16", ["critics.start=0", "critics.head_start=0", *settings]
-            )
+        found: dict[str, tuple[float, int]] = {}
+        for name in COUNTED:
+            case = {"model": model, "size": size, "precision": "bfloat16", "name": name}
+            if name == "PCM":
+                found[name] = counted_pcm(case)
+                continue
+            config = config_of(case)
             plan = make_plan(config, architecture_of(config))
-            found[name] = (
-                plan.flops["training"] / config.training.iterations,
-                sum(plan.memory["training"].values()),
-            )
-        found["PCM"] = other = counted_pcm(full_size(model, size, "bfloat16", []), model)
+            updates = sum(n for kind, n in plan.iterations.items() if "student" in kind)
+            memory = sum(plan.memory["training"].values())
+            found[name] = plan.flops["training"] / updates, memory
+        other = found["PCM"]
         for name, (flops, memory) in found.items():
-            ratios = (
-                [f"x {flops / other[0]:.2f}", f"x {memory / other[1]:.2f}"]
-                if name != "PCM"
-                else ["", ""]
-            )
-            rows.append(
-                [f"{model} at {size}", name, f"{flops / 1e12:.3g}", f"{memory / GIB:.2f}", *ratios]
-            )
-    titles = "model", "iteration", "TFLOP", "GiB", "FLOPs, PCM is 1", "memory, PCM is 1"
+            ratios = [f"x {a / b:.2f}" for a, b in zip((flops, memory), other, strict=True)]
+            cells = [f"{flops / 1e12:.3g}", f"{memory / GIB:.2f}", *ratios]
+            rows.append([f"{model} at {size}", name, *cells])
+    titles = "model", "method", "TFLOP an update", "GiB", "FLOPs, PCM is 1", "memory, PCM is 1"
     return markdown(titles, rows)
-
-
-def run_case(case: Mapping[str, Any], repeats: int, iterations: int) -> dict[str, Any]:
-    config = config_of(case)
-    teacher = architecture_of(config)
-    started = time.monotonic()
-    if case["name"] in PCM:
-        found = theirs(config, teacher, iterations, case["model"])
-    else:
-        found = ours(config, teacher, repeats, iterations)
-    found["turns"] = {
-        name: statistics.median(taken[1:]) for name, taken in found["seconds"].items()
-    }
-    gpu = torch.cuda.get_device_name() if config.torch_device == "cuda" else ""
-    return {
-        **case, **found, "device": gpu or processor(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "diffusers": diffusers.__version__, "repeats": repeats, "wall": time.monotonic() - started,
-    }  # fmt: skip
 
 
 # ---- all
 
 
 def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
+    """Runs what the file does not hold, each case in a process of its own."""
     rows = json.loads(out.read_text()) if out.exists() else []
     done = {key_of(row) for row in rows if "error" not in row}
     for case in cases(torch.cuda.is_available()):
         key = key_of(case)
         if key in done or only not in " ".join(map(str, key)):
             continue
-        command = [
-            sys.executable,
-            __file__,
-            "--case",
-            json.dumps(case),
-            "--repeats",
-            str(repeats),
-            "--iterations",
-            str(iterations),
-        ]
+        options = ["--repeats", str(repeats), "--iterations", str(iterations)]
+        command = [sys.executable, __file__, "--case", json.dumps(case), *options]
         result = subprocess.run(command, capture_output=True, text=True)
-        lines = result.stdout.strip().splitlines()
-        row = (
-            json.loads(lines[-1])
-            if result.returncode == 0
-            else {**case, "error": (result.stderr.strip() or "?").splitlines()[-1]}
-        )
+        if result.returncode == 0:
+            row = json.loads(result.stdout.strip().splitlines()[-1])
+        else:
+            row = {**case, "error": (result.stderr.strip() or "?").splitlines()[-1]}
         rows = [old for old in rows if key_of(old) != key] + [row]
-        out.write_text(json.dumps(rows, indent=1))
-        print(
-            key, {name: row.get(name) for name in ("turns", "memory", "wall", "error")}, flush=True
-        )
+        write_json(out, rows)
+        shown = {name: row.get(name) for name in ("seconds", "memory", "wall", "error")}
+        print(key, shown, flush=True)
     for row in rows:  # only now: counting takes time and memory too
         if "floor" in row and "planned" not in row:
             config = config_of(row)
             plan = make_plan(config, architecture_of(config))
             row["planned"] = {stage: dict(parts) for stage, parts in plan.memory.items()}
-            row["planned_flops"] = plan.flops["training"] / config.training.iterations
-            row["bytes_per_trajectory"] = plan.disk["positions"] / config.trajectories.count
-            out.write_text(json.dumps(rows, indent=1))
+            write_json(out, rows)
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one table for each model, size and precision."""
     titles = (
-        "settings", "critics' turn, s", "student's turn, s", "over bare passes", "over passes with LoRA",
-        "trajectories an hour", "peak, GiB", "planned, GiB", "last loss", "time, PCM is 1", "memory, PCM is 1",
-    )  # fmt: skip
+        "settings",
+        "discriminators' iteration, s",
+        "student's iteration, s",
+        "over bare passes",
+        "over passes with LoRA",
+        "trajectories an hour",
+        "peak, GiB",
+        "planned, GiB",
+        "last loss",
+        "time, PCM is 1",
+        "memory, PCM is 1",
+    )
     parts: list[str] = []
     for kind in dict.fromkeys(key_of(row)[:-1] for row in rows):
-        order = list(TOY if kind[0] == "toy" else {**SETTINGS, **PCM})
-        own = sorted(
-            (row for row in rows if key_of(row)[:-1] == kind),
-            key=lambda row: order.index(row["name"]),
-        )
-        device = next(
-            f"{row['device']}, {row['threads']} CPU threads" for row in own if "device" in row
-        )
-        beside = {row["name"]: row for row in own if row["name"] in PCM and "error" not in row}
+        order = list(TOY if kind[0] == "toy" else SETTINGS)
+        own = [row for row in rows if key_of(row)[:-1] == kind and row["name"] in order]
+        own.sort(key=lambda row: order.index(row["name"]))
+        whole = [row for row in own if "error" not in row]
+        if not whole:
+            continue
+        device = f"{whole[0]['device']}, {whole[0]['threads']} CPU threads"
+        beside = {row["name"]: row for row in whole}
         parts += [
             f"{kind[0]} at {kind[1]} pixels, {kind[2]}, on {device}:",
             markdown(titles, [cells_of(row, beside) for row in own]),
@@ -544,35 +382,26 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def cells_of(row: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line of a table; with PCM's, ``beside``, is compared what has the same checkpointing and
-    one slot at a time too."""
+    """One line of a table; PCM of the same checkpointing, one slot at a time, is beside it."""
     if "error" in row:
         return [row["name"], row["error"], *[""] * 9]
-    taken, memory = row["turns"], row["memory"] / GIB
+    taken = row["seconds"]
     both = sum(taken.values())
-    of_critics = f"{taken['critics']:.3g}" if "critics" in taken else ""
-    of_student = f"{taken['student'] + taken.get('walk', 0.0):.3g}"
-    cells = [row["name"], of_critics, of_student, "", "", "", f"{memory:.2f}", *[""] * 4]
+    each = [f"{taken[kind]:.3g}" if kind in taken else "" for kind in ("discriminators", "student")]
+    cells = [row["name"], *each, "", "", "", f"{row['memory'] / GIB:.2f}", *[""] * 4]
     if "floor" in row:
-        config = config_of(row)
-        a_trajectory = (
-            config.rolled_slots * config.trajectories.fine_steps * row["teacher_pass"] / row["rows"]
-        )
-        cells[3:6] = [
-            *(f"{both / sum(row[key].values()) - 1:+.0%}" for key in ("floor", "floor_with_lora")),
-            f"{3600 / a_trajectory:,.0f}" if a_trajectory else "not rolled out",
-        ]
-        cells[7] = (
-            f"{sum(row['planned']['training'].values()) / GIB:.2f}" if "planned" in row else ""
-        )
+        for column, key in ((3, "floor"), (4, "floor_with_lora")):
+            cells[column] = f"{both / sum(row[key].values()) - 1:+.0%}"
+        rolled = row.get("seconds_a_trajectory")
+        cells[5] = f"{3600 / rolled:,.0f}" if rolled else "not rolled out"
+        if "planned" in row:
+            cells[7] = f"{sum(row['planned']['training'].values()) / GIB:.2f}"
         cells[8] = f"{row['losses'][-1]:.5g}"
     alike = "PCM, no checkpointing" if "no checkpointing" in row["name"] else "PCM"
-    other = None if row["name"] in PCM or "slot_batch" in row["name"] else beside.get(alike)
-    if other:
-        cells[9:] = [
-            f"x {both / sum(other['turns'].values()):.2f}",
-            f"x {row['memory'] / other['memory']:.2f}",
-        ]
+    if alike in beside and "PCM" not in row["name"] and "slot_batch" not in row["name"]:
+        other = beside[alike]
+        cells[9] = f"x {both / sum(other['seconds'].values()):.2f}"
+        cells[10] = f"x {row['memory'] / other['memory']:.2f}"
     return cells
 
 
@@ -581,36 +410,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="where results are kept (JSON)")
-    parser.add_argument(
-        "--table", type=Path, help="write the tables of such a file into docs/cost.md"
-    )
-    parser.add_argument(
-        "--counted",
-        action="store_true",
-        help="write the table of what is counted into docs/cost.md",
-    )
+    parser.add_argument("--table", type=Path, help="write such a file's tables into docs/cost.md")
+    parser.add_argument("--counted", action="store_true", help="write the table of what is counted")
     parser.add_argument("--repeats", type=int, default=2, help="of the floor")
     parser.add_argument(
-        "--iterations",
-        type=int,
-        default=21,
-        help="of student and critics, the first not timed; at least 2",
+        "--iterations", type=int, default=21, help="of each kind; the first is not timed"
     )
     parser.add_argument("--only", default="", help="cases whose description has this in it")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        print(
-            json.dumps(
-                run_case(json.loads(arguments.case), arguments.repeats, arguments.iterations)
-            )
-        )
-    elif arguments.table:
-        replace_between(COST, START, tables(json.loads(arguments.table.read_text())))
-    elif arguments.counted:
+    given = parser.parse_args()
+    if given.case:
+        print(json.dumps(run_case(json.loads(given.case), given.repeats, given.iterations)))
+    elif given.table:
+        replace_between(COST, START, tables(json.loads(given.table.read_text())))
+    elif given.counted:
         replace_between(COST, START_COUNTED, counted())
-    elif arguments.out:
-        run_all(arguments.out, arguments.repeats, arguments.iterations, arguments.only)
+    elif given.out:
+        run_all(given.out, given.repeats, given.iterations, given.only)
     else:
         parser.error("--out, --table or --counted")
 

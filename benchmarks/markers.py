@@ -1,5 +1,4 @@
-"""Tables in documents: what stands between two markers is written by a script and by nobody
-else."""
+"""Tables in documents: what stands between two markers is written by a script alone."""
 
 from __future__ import annotations
 
@@ -8,19 +7,22 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rapm.io import write_text
+
 END = "<!-- end of table -->"
 
 
 def replace_between(file: Path, start: str, text: str) -> None:
-    """Puts text between the marker ``start`` and the next :data:`END`; ends the program where they
-    are missing."""
+    """Puts text between the marker ``start`` and the next :data:`END`.
+
+    Raises:
+        SystemExit: they are missing.
+    """
     whole = file.read_text(encoding="utf-8")
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(whole):
         sys.exit(f"{file} has lost its markers {start} ... {END}")
-    file.write_text(
-        pattern.sub(lambda _: f"{start}\n{text}\n{END}", whole, count=1), encoding="utf-8"
-    )
+    write_text(file, pattern.sub(lambda _: f"{start}\n{text}\n{END}", whole, count=1))
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,161 +1,139 @@
-"""Writes the tables and the figure of docs/results.md from finished runs: ``python
-benchmarks/paper_report.py [.paper]``.
+"""Tables and curves of the finished runs of paper.py: ``python benchmarks/paper_report.py``.
 
-With the folder of ``paper.py`` its results.jsonl is taken over into docs/ first; without, what is
-in docs/ is shown again. The figure takes matplotlib (``pip install -c constraints.txt -e
-'.[benchmarks]'``).
+Writes benchmarks/results/paper.md; and for tables whose runs are scored on the way TABLE.png
+beside it: FID and captions, over iterations and over hours of training and rollout. The curves
+take matplotlib (``pip install -c constraints.txt -e '.[benchmarks]'``).
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import argparse
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import paper
-from markers import markdown, replace_between
+import runs
+from markers import markdown
+from paper import TABLES
+from runs import RESULTS, Spec
 
-DOCS = Path(__file__).parents[1] / "docs"
-RESULTS, KEPT, FIGURE = DOCS / "results.md", DOCS / "results.jsonl", DOCS / "fid-curves.png"
-SCORES = {
-    "fid": ("FID", 3),
-    "accuracy": ("accuracy", 3),
+from rapm.io import write_text
+
+Line = Mapping[str, Any]
+SCORES = {  # by their names in a line: title, digits
+    "fid_to_teacher": ("FID", 3),
+    "caption_accuracy": ("captions", 3),
     "diversity": ("diversity", 2),
     "sharpness": ("sharpness", 2),
 }
-Runs = Sequence[Mapping[str, Any]]
+TITLES = ("run", "seeds", "iterations", "steps", *(t for t, _ in SCORES.values()), "hours")
+# Iterations that a table shows; of the others the last one of each run.
+SHOWN: Mapping[str, Sequence[int]] = {
+    "figure3": (10_000, 20_000),
+    "open": (2_500, 5_000),
+    "trajectories": (320, 1_280, 5_120, 6_000, 20_000),
+}
+
+
+def groups(specs: Sequence[Spec], done: Mapping[str, Line]) -> dict[str, list[Line]]:
+    """Finished runs by name, seeds together, in the table's order."""
+    found: dict[str, list[Line]] = {}
+    for spec in specs:
+        if spec.key in done:
+            found.setdefault(spec.name, []).append(done[spec.key])
+    return found
+
+
+def hours(line: Line, point: Line) -> float:
+    """Of training up to a point, and of the rollout before."""
+    return (point["seconds"] + line["rollout_seconds"]) / 3600
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and of several the least and the most."""
+    """The mean; of several also the least and the most."""
     text = f"{statistics.mean(values):.{digits}f}"
-    return (
-        text
-        if len(values) == 1
-        else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-    )
+    least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return text if len(values) == 1 else f"{text} ({least} to {most})"
 
 
-def groups(runs: Runs, table: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs of a table by name, seeds together."""
-    own = [run for run in runs if run["table"] == table and run["lines"]]
-    return {
-        name: [run for run in own if run["name"] == name]
-        for name in dict.fromkeys(run["name"] for run in own)
-    }
-
-
-def table(runs: Runs, name: str) -> str:
-    """A line for each variant and number of steps."""
+def table(name: str, done: Mapping[str, Line]) -> str:
+    """Markdown: a row for each variant, point and number of steps."""
     rows = []
-    for variant, own in groups(runs, name).items():
-        last = [
-            [line for line in run["lines"] if line["iteration"] == run["iterations"]] for run in own
+    for variant, lines in groups(TABLES[name], done).items():
+        rows += [
+            [variant, str(line["seed"]), line["error"], *[""] * 6]
+            for line in lines
+            if "error" in line
         ]
-        for place, steps in enumerate(line["steps"] for line in last[0]):
-            lines = [each[place] for each in last]
-            scored = [
-                spread([line[key] for line in lines], digits) for key, (_, digits) in SCORES.items()
+        whole = [line for line in lines if "error" not in line]
+        places = dict.fromkeys((p["iteration"], p["steps"]) for x in whole for p in x["points"])
+        last = max((iteration for iteration, _ in places), default=0)
+        for iteration, steps in places:
+            if iteration not in SHOWN.get(name, ()) and iteration != last:
+                continue
+            own = [
+                (line, point)
+                for line in whole
+                for point in line["points"]
+                if (point["iteration"], point["steps"]) == (iteration, steps)
             ]
-            many = len(last[0]) > 1
-            seconds = [spread([line[part] for line in lines], 0) for part in ("seconds", "rollout")]
-            label = f"{variant}, sampled in {steps}" if many else variant
-            rows.append([label, str(len(own)), str(own[0]["updates"]), *seconds, *scored])
-    titles = (
-        "what",
-        "seeds",
-        "updates",
-        "seconds of training",
-        "of its rollout",
-        *(title for title, _ in SCORES.values()),
-    )
-    return markdown(titles, rows)
+            scores = [
+                spread([p[key] for _, p in own], digits) for key, (_, digits) in SCORES.items()
+            ]
+            taken = spread([hours(*each) for each in own], 1)
+            rows.append([variant, str(len(own)), f"{iteration:,}", str(steps), *scores, taken])
+    return markdown(TITLES, rows)
 
 
-def costs(runs: Runs) -> str:
-    """Of the newest ``--costs``: what an update takes, and how many take as long as 600 of the
-    first method, with rollouts; and memory, counted now."""
-    found = next(run["seconds"] for run in reversed(runs) if run["table"] == "costs")
-    memory = {
-        name: paper.memory_of(paper.Spec("costs", name, *paper.NEIGHBOURS[name])) / 2**20
-        for name in found
-    }
-    rows = [
-        [
-            name,
-            f"{x['update']:.2f}",
-            f"{x['trajectory']:.2f}",
-            f"{x['updates']}",
-            f"{memory[name]:.0f}",
-        ]
-        for name, x in found.items()
-    ]
-    return markdown(
-        (
-            "what",
-            "seconds an update",
-            "seconds a trajectory",
-            "updates in the same time",
-            "MiB at peak",
-        ),
-        rows,
-    )
-
-
-def figure(runs: Runs) -> None:
-    """FID at each quarter of the runs of equal time, over updates and over seconds, all seeds."""
+def curves(specs: Iterable[Spec], done: Mapping[str, Line], file: Path) -> None:
+    """FID and captions over iterations and over hours, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 5), sharey=True, layout="constrained"
+    figure, panels = pyplot.subplots(
+        2, 2, figsize=(10, 8), sharex="col", sharey="row", layout="constrained"
     )
-    for colour, (name, own) in enumerate(groups(runs, "equal time").items()):
-        for run in own:
-            lines = run["lines"]
-            given: dict[str, Any] = {
-                "color": f"C{colour}",
-                "marker": "o",
-                "markersize": 3,
-                "linewidth": 1,
-            }
-            label = name if run is own[0] else None
-            left.plot([line["updates"] for line in lines], [line["fid"] for line in lines], **given)
-            right.plot(
-                [x["seconds"] + x["rollout"] for x in lines],
-                [x["fid"] for x in lines],
-                **given,
-                label=label,
-            )
-    left.set(xlabel="updates of the student", ylabel="FID to the teacher", yscale="log")
-    right.set(xlabel="seconds of training and of its rollout")
-    left.set_yticks(ticks := [0.2, 0.5, 1, 2], [str(tick) for tick in ticks])
-    left.minorticks_off()
-    panels.legend(loc="outside lower center", ncols=3, fontsize=8)
-    panels.savefig(FIGURE, dpi=110)
+    for colour, (name, lines) in enumerate(groups([*specs], done).items()):
+        for line in lines:
+            slots = min((p["steps"] for p in line["points"]), default=0)
+            points = [p for p in line["points"] if p["steps"] == slots]
+            places = [p["iteration"] for p in points], [hours(line, p) for p in points]
+            for row, score in enumerate(("fid_to_teacher", "caption_accuracy")):
+                for column, at in enumerate(places):
+                    panels[row][column].plot(
+                        at,
+                        [p[score] for p in points],
+                        color=f"C{colour}",
+                        marker="o",
+                        markersize=3,
+                        linewidth=1,
+                        label=name if line is lines[0] and not (row or column) else None,
+                    )
+    panels[0][0].set(ylabel="FID to the teacher", yscale="log")
+    panels[1][0].set(ylabel="captions drawn right", xlabel="iterations")
+    panels[1][1].set(xlabel="hours of training and rollout")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(file, dpi=110)
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        shutil.copy(Path(sys.argv[1]) / "results.jsonl", KEPT)
-    runs = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-    for name in dict.fromkeys(run["table"] for run in runs):
-        if f"paper_report.py {name} " not in RESULTS.read_text(encoding="utf-8"):
-            print(f"{RESULTS} has no place for table '{name}' yet")
-            continue
-        replace_between(
-            RESULTS,
-            f"<!-- table: benchmarks/paper_report.py {name} -->",
-            costs(runs) if name == "costs" else table(runs, name),
-        )
-    if groups(runs, "equal time"):
-        figure(runs)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS / "paper.jsonl")
+    given = parser.parse_args()
+    done = runs.read(given.results)
+    parts = ["# Runs of benchmarks/paper.py", "Written by `python benchmarks/paper_report.py`."]
+    for name, specs in TABLES.items():
+        if groups(specs, done):
+            parts += [f"## {name}", table(name, done)]
+        curved = all(len(spec.score_at) > 2 for spec in specs)
+        if curved and groups(specs, done):
+            curves(specs, done, given.results.with_name(f"{name}.png"))
+    write_text(given.results.with_suffix(".md"), "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Writes scores of toy runs into the README's table: ``python benchmarks/readme_table.py runs/demo
-[runs/seed-1 ...]``.
+"""Writes the README's table: ``python benchmarks/readme_table.py RUN [RUN ...]``.
 
-The README's figures come from here and nowhere else. Each run must have been scored by ``rapm
-evaluate RUN``.
+Each run is one of the toy teacher's, scored by ``rapm evaluate RUN``. The README's table comes from
+here: the teacher at its best guidance for 4 steps, and the students in the order given.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +17,37 @@ from markers import markdown, replace_between
 
 from rapm.toy import ASSETS
 
-FIGURES = ASSETS / "figures-test.json"  # python -m rapm.toy.score
+FIGURES = ASSETS / "figures-test.json"  # python tools/toy/score.py
 README = Path(__file__).parents[1] / "README.md"
 START = "<!-- table: benchmarks/readme_table.py -->"
-TITLES = (
-    "model",
-    "steps",
-    "guidance",
-    "network calls",
-    "FID to teacher",
-    "caption accuracy",
-    "diversity",
-    "sharpness",
-    "s a picture",
-)
+TITLES = ("model", "network calls", "FID to teacher", "captions right", "diversity", "sharpness")
+NAMES = {"rapm": "RAPM", "midpoint": "midpoint"}
 
 
-def table(folders: list[Path]) -> str:
-    rows = []
-    for place, folder in enumerate(folders):
-        scores = json.loads((folder / "scores.json").read_text())
-        seed = tomllib.loads((folder / "config.toml").read_text())["training"]["seed"]
-        for row in scores["rows"]:
-            if place and row["model"] == "teacher":
-                continue
-            name = row["model"] + (f" (training seed {seed})" if row["model"] == "student" else "")
-            rows.append([name, *cells(row), f"{row['seconds_per_image']:.3f}"])
-        if not place:  # what the teacher does in few steps if asked for less guidance
-            rows += [
-                ["teacher", *cells(row), ""]
-                for row in json.loads(FIGURES.read_text())["lower_guidance"]
-            ]
-    rows.sort(key=lambda row: row[0].startswith("student"))
+def table(folders: Sequence[Path]) -> str:
+    """Markdown."""
+    few = json.loads(FIGURES.read_text(encoding="utf-8"))["lower_guidance"]
+    best = min((r for r in few if r["steps"] == 4), key=lambda r: r["fid_to_teacher"])
+    rows = [cells(f"teacher, 4 steps, guidance {best['guidance_scale']:g}", best)]
+    for folder in folders:
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        student = next(row for row in scores["rows"] if row["model"] == "student")
+        name = f"{NAMES[scores['method']]}, {student['steps']} steps"
+        rows.append(cells(f"{name}, seed {config['training']['seed']}", student))
     return markdown(TITLES, rows)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """What is shown of scores by the names of :class:`rapm.evaluate.toy.Row`."""
+def cells(model: str, row: Mapping[str, Any]) -> list[str]:
+    """A line, of scores by the names of :class:`rapm.evaluate.toy.Row`."""
     calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
     scored = [f"{row[score]:.3f}" for score in ("fid_to_teacher", "caption_accuracy")]
-    scored += [f"{row[score]:.2f}" for score in ("diversity", "sharpness")]
-    return [str(row["steps"]), f"{row['guidance_scale']:g}", str(calls), *scored]
+    return [model, str(calls), *scored, *(f"{row[s]:.2f}" for s in ("diversity", "sharpness"))]
 
 
 def main() -> None:
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     replace_between(README, START, table([Path(argument) for argument in sys.argv[1:]]))
 
 

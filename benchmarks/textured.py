@@ -1,18 +1,19 @@
-"""Builds a second small world for the critics, of more texture than the embedded one: the same
-scenes, all of them mottled.
+"""Builds a second toy data set of more texture: the same scenes, all of them mottled.
 
-    python benchmarks/textured.py --out .paper/textured     # resumable; then benchmarks/paper.py
-    has runs in it
+    python benchmarks/textured.py --out .paper/textured
 
-Patches of a latent's size are lighter or darker, each by itself, so that a picture holds a few
-hundred numbers of fine detail that no caption tells: what distances alone are thought to blur. VAE,
-    oracle and UNet are the embedded world's, trained on.
+It goes on when run again. Patches of a latent's size are lighter or darker, each by itself. So a
+picture holds a few hundred numbers of fine detail that no caption tells: what distances alone are
+thought to blur. VAE, oracle and UNet start from the embedded ones. Runs in it are in
+benchmarks/results/2026-11-small.jsonl; today's tables have none. It replaces names in
+tools/toy/build.py, whose recipe it follows.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn import functional as F
 
 from rapm.io import write_text
-from rapm.toy import ORACLE, TEACHER, build, scenes
-from rapm.toy.fit import Stage
+from rapm.toy import ORACLE, TEACHER, scenes
 from rapm.toy.oracle import Oracle
 from rapm.toy.scenes import SIZE, Scene
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "toy"))
+import build
+from fit import Stage
 
 PATCH = 4  # pixels: one of a latent
 DEPTH = 0.2  # deviation of a patch's brightness
@@ -39,8 +43,10 @@ UNET_ROUNDS = {"unet": Stage(updates=2_400, batch=32, rate=4e-4)}
 
 
 def mottle(scene: Scene) -> np.ndarray:
-    """How much lighter or darker each pixel of a scene is, [64, 64], mean 0; a function of the
-    scene's texture."""
+    """How much lighter or darker each pixel of a scene is, [64, 64], mean 0.
+
+    It is a function of the scene's own texture.
+    """
     rng = np.random.default_rng([int(u * 2**32) for u in scene.texture])
     patches = torch.from_numpy(
         rng.standard_normal((1, 1, SIZE // PATCH + 3, SIZE // PATCH + 3)).astype(np.float32)
@@ -57,16 +63,15 @@ def render_many(drawn: Iterator[Scene] | Sequence[Scene]) -> np.ndarray:
 
 
 def oracle_to_train_on() -> Oracle:
-    """The embedded world's, its features not standardised."""
+    """The embedded one, its features not standardised."""
     oracle = Oracle.load(ORACLE).requires_grad_(True)
     oracle.feature_mean.zero_()
     oracle.feature_std.fill_(1)
     return oracle
 
 
-def use_this_world() -> None:
-    """Puts this world's pictures, first weights and shorter recipe in the place of the embedded
-    one's."""
+def use_texture() -> None:
+    """Puts these pictures, first weights and a shorter recipe in the place of the embedded ones."""
     build.render_many = render_many
     build.SCENES, build.ORACLE_SCENES = SCENES, ORACLE_SCENES
     build.RECIPE, build.UNET_ROUNDS = RECIPE, UNET_ROUNDS
@@ -79,7 +84,7 @@ def use_this_world() -> None:
     build.Oracle = oracle_to_train_on
 
 
-use_this_world()  # in the processes that render, too
+use_texture()  # in the processes that render, too
 
 
 def main() -> None:

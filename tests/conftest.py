@@ -4,6 +4,7 @@ random weights."""
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ from diffusers import (
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rapm.config import Config, parse
+from rapm.config import Config
+from rapm.models import sdxl, stable_diffusion
+from rapm.models.stable_diffusion import UNET_LORA_TARGETS, unet_feature_layers
+from rapm.network import Backbone
 from rapm.schedule import Schedule
+from rapm.settings import parse
 from rapm.toy import TEACHER
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -197,6 +203,39 @@ def make_lora(folder: Path, out: Path, form: str, seed: int = 0) -> Path:
     return out / "k.safetensors"
 
 
+CALL = {
+    "sd15": stable_diffusion.FAMILY.call,
+    "sd21": stable_diffusion.FAMILY.call,
+    "sdxl": sdxl.FAMILY.call,
+}
+
+
+def make_backbone(
+    checkpointing: bool = False, kind: str = "sd15", dtype: torch.dtype = torch.float32
+) -> Backbone:
+    network = make_unet(kind).to(dtype)
+    features = unet_feature_layers(network)
+    return Backbone(
+        network, CALL[kind], UNET_LORA_TARGETS, features, gradient_checkpointing=checkpointing
+    )
+
+
+def make_conditioning(batch: int, kind: str, generator: torch.Generator) -> dict[str, Tensor]:
+    embeds = {"prompt_embeds": torch.randn(batch, 6, CROSS_ATTENTION[kind], generator=generator)}
+    if kind != "sdxl":
+        return embeds
+    pooled = torch.randn(batch, 16, generator=generator)
+    time_ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(batch, 6)
+    return embeds | {"pooled_prompt_embeds": pooled, "time_ids": time_ids}
+
+
+def shake(parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Fresh LoRA is the identity, which would hide mistakes: fill it with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters.values():
+        p.data = 0.1 * torch.randn(p.shape, generator=generator)
+
+
 @pytest.fixture(scope="session")
 def ddim_schedule() -> Schedule:
     """SD's own: scaled linear betas, epsilon."""
@@ -215,30 +254,48 @@ def tiny_prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_teacher: Path, tiny_prompts: Path) -> Config:
-    """A whole run in seconds, in the paper's form: 6 trajectories, N = 3, M = 4, 10 iterations."""
-    return parse(
-        {
-            "teacher": str(tiny_teacher),
-            "device": "cpu",
-            "trajectories": {
-                "prompts": str(tiny_prompts),
-                "count": 6,
-                "slots": 3,
-                "fine_steps": 4,
-                "guidance_scale": 3.0,
-                "shard_size": 4,
-                "batch_size": 3,
-            },
-            "student": {"rank": 4, "learning_rate": 1e-3, "ema": 0.9},
-            "critics": {"adversarial_weight": 0.4, "rank": 2, "head_width": 8},
-            "training": {
-                "iterations": 10,
-                "positions": "stored",
-                "relative_weight": 1,
-                "checkpoint_every": 4,
-                "keep_checkpoints": 9,
-                "gradient_checkpointing": False,
-            },
-        },
-        "tests",
+    """A whole run of RAPM in seconds: 6 trajectories, N = 3, M = 4, 10 iterations."""
+    return parse(tiny_table(tiny_teacher, tiny_prompts), "tests")
+
+
+@pytest.fixture
+def tiny_midpoint(tiny_teacher: Path, tiny_prompts: Path) -> Config:
+    """The same of midpoint."""
+    table = tiny_table(tiny_teacher, tiny_prompts)
+    del (
+        table["discriminators"],
+        table["trajectories"]["fine_steps"],
+        table["trajectories"]["shard_size"],
     )
+    return parse(table | {"method": "midpoint"}, "tests")
+
+
+def tiny_table(teacher: Path, prompts: Path) -> dict[str, Any]:
+    return {
+        "teacher": str(teacher),
+        "device": "cpu",
+        "trajectories": {
+            "prompts": str(prompts),
+            "count": 6,
+            "slots": 3,
+            "fine_steps": 4,
+            "guidance_scale": 3.0,
+            "shard_size": 4,
+            "batch_size": 3,
+        },
+        "student": {"rank": 4, "learning_rate": 1e-3, "ema": 0.9},
+        "discriminators": {"rank": 2, "head_width": 8, "learning_rate": 1e-3},
+        "training": {
+            "iterations": 10,
+            "checkpoint_every": 4,
+            "keep_checkpoints": 9,
+            "gradient_checkpointing": False,
+        },
+        "samples": {"count": 0},
+    }
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """A configuration with some settings of some sections changed, unvalidated."""
+    own = {name: getattr(config, name).model_copy(update=new) for name, new in sections.items()}
+    return config.model_copy(update=own)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapm.objective import Conditioning
+from rapm.sampling import Conditioning
 from rapm.schedule import Schedule
 
 

@@ -1,58 +1,110 @@
-"""The neighbours as benchmarks/baselines restates them, by hand on a small network."""
+"""Other methods as benchmarks/baselines restates them, by hand; and how benchmarks make runs."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import paper
 import pytest
+import runs
 import torch
-from baselines import Pictures, World, dmd2, lcm, one_in_each_slot, pcm, regression
-from conftest import make_scheduler, make_unet
-from paper import Spec, View, memory_of, seconds_of
-from test_network import inputs, shake
+from baselines import Baseline, Pictures, dmd2, lcm, one_in_each_slot, pcm, regression
+from conftest import changed, make_scheduler, make_unet
+from runs import Points, Spec
+from scoring import StochasticSampler, seconds_of
+from torch import Tensor
 
-from rapm import config as configuration
-from rapm.estimate import bytes_of
+from rapm import settings
+from rapm.config import Config
+from rapm.losses import pseudo_huber
+from rapm.methods import Batch, Method
 from rapm.models.resolve import teacher_of
-from rapm.models.stable_diffusion import FAMILY, UNET_LORA_TARGETS
+from rapm.models.stable_diffusion import FAMILY
 from rapm.models.teacher import load_backbone
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.objective import pseudo_huber
+from rapm.run import Run
+from rapm.sampling import picture_noise
 from rapm.schedule import Grid, Schedule
-from rapm.train import draw_batch
-from rapm.trajectories import Trajectory, rollout
-from rapm.turns import Learner
+from rapm.trajectories import TrajectoryStore
 
 GRID = Grid(slots=2, fine_steps=3)
 SCALE = 5.0
 
 
-def networks(form: pcm.Form) -> tuple[Backbone, Backbone]:
-    """A student whose LoRA is shaken, and a teacher."""
-    student = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
-    student.add_role(STUDENT, 4, UNET_LORA_TARGETS, 0)
-    shake(student.parameters(STUDENT), 1)
-    network = make_unet()
-    return student, Backbone(network, FAMILY.call, (), pcm.taps(network, form))
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_pcm(form: pcm.Form) -> pcm.Pcm:
-    student, teacher = networks(form)
-    z, t, conditioning = inputs(1)
-    with torch.no_grad(), teacher.role(TEACHER):
-        heads = pcm.Heads([x.shape[1] for x in teacher.features(z, t, conditioning)], form)
-    scheduler = make_scheduler()
-    return pcm.Pcm(
-        student,
-        teacher,
-        Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, "epsilon"),
-        GRID,
-        Learner(student, STUDENT, None, 1e-4, (0.9, 0.999), 0.0),
-        Learner(teacher, "discriminator", heads, 1e-4, (0.0, 0.999), 0.0),
-        {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()},
-        SCALE,
+def shake(method: Method, adapter: str) -> None:
+    """A new LoRA is the identity, which would hide mistakes."""
+    for k, p in enumerate(method.backbone.parameters(adapter).values()):
+        p.data = 0.1 * drawn(*p.shape, seed=k)
+
+
+def prompts(batch: int) -> dict[str, Tensor]:
+    return {"prompt_embeds": drawn(batch, 6, 16, seed=1)}
+
+
+PICTURES = Pictures(drawn(3, 4, 8, 8, seed=2), prompts(3))
+STORE: Any = SimpleNamespace(unconditional={"prompt_embeds": torch.zeros(1, 6, 16)})
+
+
+def a_batch(size: int = 1) -> Batch:
+    return Batch(drawn(size, 3, 4, 8, 8, seed=3), drawn(size, 2, 4, 8, 8, seed=4), prompts(size))
+
+
+def given(scale: float = SCALE, slot_batch: int = 2) -> tuple[Config, Backbone, Schedule, Any]:
+    config = settings.load(
+        teacher="toy",
+        settings=[
+            "trajectories.slots=2",
+            "trajectories.fine_steps=3",
+            f"trajectories.guidance_scale={scale}",
+            "student.rank=4",
+            f"training.slot_batch={slot_batch}",
+        ],
     )
+    scheduler, network = make_scheduler(), make_unet()
+    schedule = Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, "epsilon")
+    return config, Backbone(network, FAMILY.call, FAMILY.lora_targets), schedule, STORE
+
+
+def make_pcm(form: str, slot_batch: int = 2) -> pcm.Pcm:
+    network = make_unet()
+    layers = pcm.feature_layers(network, pcm.FORMS[form])
+    second = Backbone(network, FAMILY.call, (), layers)
+    method = pcm.Pcm(*given(slot_batch=slot_batch), PICTURES, second, pcm.FORMS[form])
+    shake(method, STUDENT)
+    return method
+
+
+def make(kind: type[Baseline], *more: Any, scale: float = SCALE, slot_batch: int = 2) -> Any:
+    method = kind(*given(scale, slot_batch), *more)
+    shake(method, STUDENT)
+    return method
+
+
+def seeded(seed: int = 4) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(method: Method, name: str) -> list[Tensor]:
+    """The nonzero ones of a learner; none where it got none at all."""
+    found = [p.grad for p in method.learners[name].parameters.values() if p.grad is not None]
+    return [gradient for gradient in found if gradient.any()]
+
+
+def test_one_start_in_each_slot() -> None:
+    grid = Grid(slots=4, fine_steps=25)
+    fine = one_in_each_slot(grid, 1000, seeded())
+    assert fine.shape == (4, 1000)
+    for n in range(4):  # all fine steps of a slot, and no others
+        times = {grid.fine[k] for k in fine[n].tolist()}
+        assert max(times) == grid.coarse(n + 1) and min(times) > grid.coarse(n)
+        assert len(times) == 25
 
 
 def test_heads_of_pcm_have_the_published_size() -> None:
@@ -64,244 +116,266 @@ def test_heads_of_pcm_have_the_published_size() -> None:
 
 
 def test_pcm_asks_for_the_place_where_the_teachers_step_leads() -> None:
-    """By diffusers' own formulas, from a start inside a slot and from the last fine step before its
-    edge."""
-    method = make_pcm(pcm.FORMS["sdxl"])
-    x0, _, conditioning = inputs(1)
-    x0, conditioning = x0[:1], {name: value[:1] for name, value in conditioning.items()}
-    scheduler, ours, other = make_scheduler(), method.student, method.teacher
+    """By diffusers' own formulas, from starts inside a slot and from the last fine step of it."""
+    method, scheduler = make_pcm("sdxl"), make_scheduler()
+    student, second = method.backbone, method.second
 
-    def step(z: torch.Tensor, eps: torch.Tensor, t: int, s: int) -> torch.Tensor:
+    def step(z: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
         end = scheduler.final_alpha_cumprod
         a, b = (scheduler.alphas_cumprod[k] if k >= 0 else end for k in (t, s))
         return b.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
 
-    for start, t, after, edge in ((1, 832, 666, 499), (5, 166, -1, -1)):
-        assert GRID.fine[start : start + 2] == [t, after]
-        found = method.turn(
-            x0, [start], conditioning, torch.Generator().manual_seed(3), critic=False, share=1.0
-        )
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
-        z = scheduler.add_noise(x0, noise, torch.tensor([t]))
-        with torch.no_grad():
-            with other.role(TEACHER):
-                empty = {name: torch.zeros_like(value) for name, value in conditioning.items()}
-                without, with_ = (other(z, torch.tensor([t]), c) for c in (empty, conditioning))
-                moved = step(z, without + SCALE * (with_ - without), t, after)
-            with ours.role(STUDENT):
-                fake = step(z, ours(z, torch.tensor([t]), conditioning), t, edge)
-                target = (
-                    moved
-                    if after == edge
-                    else step(moved, ours(moved, torch.tensor([after]), conditioning), after, edge)
-                )
-        torch.testing.assert_close(
-            found["distance"], float(pseudo_huber(fake, target)), rtol=1e-4, atol=1e-6
-        )
+    seen = set()
+    for seed in range(6):
+        found = method.training_step(1, a_batch(), seeded(seed))
+        generator, expected = seeded(seed), []
+        x0, own = PICTURES.draw(generator, 1)
+        starts = one_in_each_slot(GRID, 1, generator)
+        noise = torch.randn(2, *x0.shape, generator=generator)
+        for n in (0, 1):
+            k, edge = int(starts[n]), GRID.coarse(n)
+            t, after = GRID.fine[k : k + 2]
+            seen.add(after == edge)
+            z = scheduler.add_noise(x0, noise[n], torch.tensor([t]))
+            with torch.no_grad():
+                with second.adapter(TEACHER):
+                    both = STORE.unconditional, own
+                    without, with_ = (second(z, torch.tensor([t]), c) for c in both)
+                    moved = step(z, without + SCALE * (with_ - without), t, after)
+                with student.adapter(STUDENT):
+                    fake = step(z, student(z, torch.tensor([t]), own), t, edge)
+                    target = moved
+                    if after != edge:
+                        eps = student(moved, torch.tensor([after]), own)
+                        target = step(moved, eps, after, edge)
+            expected.append(float(pseudo_huber(fake, target)))
+        assert found["distance"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert seen == {True, False}
 
 
-def test_in_pcm_only_whose_turn_it_is_gets_a_gradient() -> None:
-    method = make_pcm(pcm.FORMS["sd15"])
-    x0, _, conditioning = inputs(2)
-    for critic, own, other in (
-        (True, method.critic, method.learner),
-        (False, method.learner, method.critic),
-    ):
-        method.turn(x0, [0, 4], conditioning, torch.Generator(), critic=critic, share=1.0)
-        # Between the hinges real and fake pull a head's last bias in opposite directions, by as
-        # much.
-        assert all(
-            p.grad is not None and p.grad.any()
-            for name, p in own.parameters.items()
-            if not name.endswith("out.bias")
-        )
-        assert all(p.grad is None for p in other.parameters.values())
-        own.optimizer.zero_grad()
+def test_in_pcm_discriminator_and_student_learn_in_turn() -> None:
+    method = make_pcm("sd15")
+    for iteration, own, other in ((0, pcm.DISCRIMINATOR, STUDENT), (1, STUDENT, pcm.DISCRIMINATOR)):
+        assert method.learning(iteration) == (own,)
+        method.training_step(iteration, a_batch(), seeded())
+        # Between the hinges real and fake pull a head's last bias apart, each by as much.
+        parameters = method.learners[own].parameters
+        moved = [name for name, p in parameters.items() if p.grad is not None and p.grad.any()]
+        assert {name for name in parameters if not name.endswith("out.bias")} <= {*moved}
+        assert all(p.grad is None for p in method.learners[other].parameters.values())
+        method.learners[own].optimizer.zero_grad()
 
 
-def make_world(scale: float = SCALE) -> World:
-    student, _ = networks(pcm.FORMS["sdxl"])
-    x0, _, conditioning = inputs(3)
-    scheduler = make_scheduler()
-    config = configuration.load(teacher="toy", settings=[f"trajectories.guidance_scale={scale}"])
-    unconditional = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
-    generator = torch.Generator().manual_seed(8)
-    rows = [
-        Trajectory(
-            torch.randn(3, 4, 8, 8, generator=generator),
-            torch.randn(2, 4, 8, 8, generator=generator),
-            {name: value[k] for name, value in conditioning.items()}, "", 0, k,
-        )
-        for k in range(3)
-    ]  # fmt: skip
-    schedule = Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, "epsilon")
-    store: Any = rows
-    return World(config, student, schedule, GRID, unconditional, Pictures(x0, conditioning), store)
-
-
-def learner(world: World) -> Learner:
-    return Learner(world.student, STUDENT, None, 1e-4, (0.9, 0.999), 0.0)
+def test_a_new_discriminator_of_pcm_is_between_the_hinges() -> None:
+    """Its logits are small: relu(1 - real) + relu(1 + fake) is 2 by and large."""
+    found = make_pcm("sdxl").training_step(0, a_batch(), seeded())
+    assert found == {"discriminator": pytest.approx(2, abs=0.3)}
 
 
 def test_lcm_starts_as_the_identity() -> None:
     skip, out = lcm.boundary(torch.tensor([0, -1, 999]), torch.zeros(3, 4, 8, 8))
     assert skip[:2].flatten().tolist() == [1, 1] and out[:2].flatten().tolist() == [0, 0]
-    assert float(skip[2]) == pytest.approx(0, abs=1e-8) and float(out[2]) == pytest.approx(
-        1, abs=1e-6
-    )
+    assert float(skip[2]) == pytest.approx(0, abs=1e-8)
+    assert float(out[2]) == pytest.approx(1, abs=1e-6)
 
 
 def test_lcm_compares_predictions_of_the_clean_latent_along_the_teachers_step() -> None:
-    world = make_world()
-    found, _ = lcm.Lcm(world, learner(world)).iterate(0, torch.Generator().manual_seed(4))
-    generator = torch.Generator().manual_seed(4)
-    x0, conditioning = world.pictures.draw(generator, 2)
-    starts = one_in_each_slot(GRID, generator)
-    noise = torch.randn(x0.shape, generator=generator)
-    expected = []
-    for k, start in enumerate(starts):
-        t, s, z = GRID.fine[start], GRID.fine[start + 1], x0[k : k + 1]
-        own = {name: value[k : k + 1] for name, value in conditioning.items()}
-        z = make_scheduler().add_noise(z, noise[k : k + 1], torch.tensor([t]))
-        with torch.no_grad():
-            with world.student.role(TEACHER):
-                without, with_ = (
-                    world.student(z, torch.tensor([t]), c) for c in (world.unconditional, own)
-                )
-            moved = world.schedule.step(z, without + SCALE * (with_ - without), t, s)
-            with world.student.role(STUDENT):
-                before = world.schedule.x0_and_eps(z, world.student(z, torch.tensor([t]), own), t)[
-                    0
-                ]
-                after = world.schedule.x0_and_eps(
-                    moved, world.student(moved, torch.tensor([max(s, 0)]), own), max(s, 0)
-                )[0]
-        expected.append(pseudo_huber(before, moved if s < 0 else after))
-    assert found["distance"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
+    method = make(lcm.Lcm, PICTURES)
+    network, schedule = method.backbone, method.schedule
+
+    def clean(z: Tensor, t: int, own: Any) -> Tensor:
+        return schedule.x0_and_eps(z, network(z, torch.tensor([t]), own), t)[0]
+
+    for seed in range(4):
+        found = method.training_step(0, a_batch(), seeded(seed))
+        generator, expected = seeded(seed), []
+        x0, own = PICTURES.draw(generator, 1)
+        starts = one_in_each_slot(GRID, 1, generator)
+        noise = torch.randn(2, *x0.shape, generator=generator)
+        for n in (0, 1):
+            t, s = GRID.fine[int(starts[n]) :][:2]
+            z = make_scheduler().add_noise(x0, noise[n], torch.tensor([t]))
+            with torch.no_grad():
+                with network.adapter(TEACHER):
+                    both = STORE.unconditional, own
+                    without, with_ = (network(z, torch.tensor([t]), c) for c in both)
+                moved = schedule.step(z, without + SCALE * (with_ - without), t, s)
+                with network.adapter(STUDENT):
+                    before, after = clean(z, t, own), moved if s < 0 else clean(moved, s, own)
+            expected.append(float(pseudo_huber(before, after)))
+        assert found["distance"] == pytest.approx(sum(expected) / 2, rel=1e-3)
+    assert gradients(method, STUDENT)
 
 
 def test_regression_goes_from_stored_to_stored_positions() -> None:
-    world = make_world()
-    found, _ = regression.Regression(world, learner(world)).iterate(
-        0, torch.Generator().manual_seed(4)
-    )
-    batch, expected = (
-        draw_batch(world.store, 1, world.config.training.seed, 0, torch.device("cpu")),
-        0.0,
-    )
-    with torch.no_grad(), world.student.role(STUDENT):
+    method, batch = make(regression.Regression), a_batch()
+    found, expected = method.training_step(0, batch, seeded()), 0.0
+    with torch.no_grad(), method.backbone.adapter(STUDENT):
         for t, s, n in ((999, 499, 1), (499, -1, 0)):
-            z = batch.coarse[:, n + 1]
-            moved = world.schedule.step(
-                z, world.student(z, torch.tensor([t]), batch.conditioning), t, s
-            )
-            expected += float(pseudo_huber(moved, batch.coarse[:, n])) / 2
+            z = batch.absolute[:, n + 1]
+            eps = method.backbone(z, torch.tensor([t]), batch.conditioning)
+            moved = method.schedule.step(z, eps, t, s)
+            expected += float(pseudo_huber(moved, batch.absolute[:, n])) / 2
     assert found["distance"] == pytest.approx(expected, rel=1e-4)
+    assert gradients(method, STUDENT)
 
 
 def test_distribution_matching_moves_nothing_where_both_scores_agree() -> None:
-    """A fake-score LoRA that is still the identity against a teacher without guidance; and only
-    whose turn it is learns."""
+    """A fake score that is still the teacher's, without guidance; and one learner at a time."""
     for scale, moves in ((1.0, False), (SCALE, True)):
-        world = make_world(scale)
-        critic = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
-        critic.add_role(dmd2.FAKE, 4, UNET_LORA_TARGETS, 0)
-        student, fake = learner(world), Learner(critic, dmd2.FAKE, None, 1e-4, (0.9, 0.999), 0.0)
-        method = dmd2.Dmd2(world, critic, student, fake)
-        losses, whose = method.iterate(0, torch.Generator().manual_seed(4))
-        assert whose == [student] and (losses["matching"] > 0) == moves
-        assert (
-            any(p.grad is not None and p.grad.any() for p in student.parameters.values()) == moves
-        )
-        assert all(p.grad is None for p in fake.parameters.values())
-        student.optimizer.zero_grad()
-        _, whose = method.iterate(1, torch.Generator().manual_seed(4))
-        assert whose == [fake] and any(
-            p.grad.any() for p in fake.parameters.values() if p.grad is not None
-        )
-        assert all(p.grad is None for p in student.parameters.values())
+        method = make(dmd2.Dmd2, scale=scale)
+        assert method.learning(0) == (STUDENT,)
+        losses = method.training_step(0, a_batch(), seeded())
+        assert (losses["matching"] > 0) == moves
+        assert bool(gradients(method, STUDENT)) == moves
+        assert all(p.grad is None for p in method.fake.parameters.values())
+        method.student.optimizer.zero_grad()
+        assert all(method.learning(k) == (dmd2.FAKE,) for k in range(1, 6))
+        method.training_step(1, a_batch(), seeded())
+        assert gradients(method, dmd2.FAKE)
+        assert all(p.grad is None for p in method.student.parameters.values())
 
 
 def test_distribution_matching_moves_towards_where_the_teacher_sees_it() -> None:
-    """A step against the loss's gradient takes the clean latent from what the fake score predicts
-    to what the teacher does."""
-    world = make_world()
-    critic = Backbone(make_unet(), FAMILY.call, UNET_LORA_TARGETS)
-    critic.add_role(dmd2.FAKE, 4, UNET_LORA_TARGETS, 0)
-    shake(critic.parameters(dmd2.FAKE), 2)
-    method = dmd2.Dmd2(
-        world, critic, learner(world), Learner(critic, dmd2.FAKE, None, 1e-4, (0.9, 0.999), 0.0)
-    )
-    x0, t, conditioning = inputs(2)
-    z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    """A step against the gradient leads from what the fake score sees to what the teacher does."""
+    method = make(dmd2.Dmd2)
+    shake(method, dmd2.FAKE)
+    network, schedule = method.backbone, method.schedule
+    x0, z, own, t = PICTURES.latents, drawn(3, 4, 8, 8, seed=9), prompts(3), torch.full((3,), 500)
     with torch.no_grad():
-        with critic.role(TEACHER):
-            empty = {name: torch.zeros_like(value) for name, value in conditioning.items()}
-            without, with_ = (critic(z, t, c) for c in (empty, conditioning))
-        with critic.role(dmd2.FAKE):
-            fake = world.schedule.x0_and_eps(z, critic(z, t, conditioning), t)[0]
-    real = world.schedule.x0_and_eps(z, without + SCALE * (with_ - without), t)[0]
+        with network.adapter(TEACHER):
+            empty = {"prompt_embeds": torch.zeros(3, 6, 16)}
+            without, with_ = (network(z, t, c) for c in (empty, own))
+        with network.adapter(dmd2.FAKE):
+            fake = schedule.x0_and_eps(z, network(z, t, own), t)[0]
+    real = schedule.x0_and_eps(z, without + SCALE * (with_ - without), t)[0]
     length = (x0 - real).abs().flatten(1).mean(1)[:, None, None, None]
-    torch.testing.assert_close(
-        method._direction(x0, z, t, conditioning), (fake - real) / length, rtol=1e-3, atol=1e-5
-    )
+    found = method.direction(x0, z, t, own)
+    torch.testing.assert_close(found, (fake - real) / length, rtol=1e-3, atol=1e-5)
 
 
-def test_seconds_are_of_turns_and_not_of_what_stood_between() -> None:
+@pytest.mark.parametrize("name", ["pcm", "lcm", "regression"])
+def test_slot_groups_change_nothing(name: str) -> None:
+    """Two trajectories, two slots: one pass for both slots, or one each."""
+    found = []
+    for slot_batch in (1, 2):
+        if name == "pcm":
+            method: Any = make_pcm("sdxl", slot_batch)
+        elif name == "lcm":
+            method = make(lcm.Lcm, PICTURES, slot_batch=slot_batch)
+        else:
+            method = make(regression.Regression, slot_batch=slot_batch)
+        losses = method.training_step(1, a_batch(2), seeded())
+        found.append((losses, gradients(method, STUDENT)))
+    (one, at_once), (other, apart) = found
+    assert one == pytest.approx(other, rel=1e-4)
+    for a, b in zip(at_once, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_students_of_lcm_and_dmd2_are_sampled_with_new_noise() -> None:
+    kinds = lcm.Lcm, dmd2.Dmd2, pcm.Pcm, regression.Regression
+    assert [kind.stochastic for kind in kinds] == [True, True, False, False]
+
+
+# ---- runs
+
+
+def test_every_run_of_the_tables_is_one() -> None:
+    """Settings fit, keys and folders are unique, the last point tells the length."""
+    specs = runs.unique(paper.TABLES)
+    assert {spec.method for spec in specs.values()} >= {"rapm", "midpoint", "pcm", "lcm"}
+    folders = {spec.folder for spec in specs.values()}
+    assert len(folders) == len(specs)
+    for spec in specs.values():
+        config = spec.config()
+        assert list(spec.score_at) == sorted({*spec.score_at})
+        assert config.training.iterations == spec.score_at[-1]
+        assert all(k % config.samples.every == 0 for k in spec.score_at)
+        # An earlier point is then what a shorter run would have ended with.
+        assert config.method == "midpoint" or not config.training.decay
+
+
+def test_seconds_are_of_iterations_and_not_of_what_stood_between() -> None:
     taken = [1.0, 2.0, 1.0, 2.0, 90.0, 2.0, -99.0, 2.0]  # a pause, and a clock that began again
     records, now = [], 0.0
     for k, seconds in enumerate(taken):
         now += seconds
-        records.append({"iteration": k, ("critic", "distance")[k % 2]: 0.0, "seconds": now})
-    assert seconds_of(records, 1) == pytest.approx(4 * 1.0 + 4 * 2.0)
-    ends = [
-        8.0,
-        8.0,
-        8.0,
-        8.0,
-        98.0,
-        98.0,
-        98.0,
-        98.0,
-        106.0,
-        106.0,
-        106.0,
-        106.0,
-        110.0,
-        110.0,
-    ]  # four walk side by side
-    assert seconds_of(
-        [{"iteration": k, "seconds": end} for k, end in enumerate(ends)], 4
-    ) == pytest.approx(14 * 2.0)
+        records.append({"iteration": k, ("discriminator", "distance")[k % 2]: 0.0, "seconds": now})
+    assert seconds_of(records) == pytest.approx(4 * 1.0 + 4 * 2.0)
 
 
-def test_memory_of_neighbours_is_counted_as_the_plan_counts() -> None:
-    """Regression takes the student's pass that RAPM takes on distances alone; PCM has a second
-    network of 20 MiB and heads."""
-    alone = ["trajectories.count=64", "critics.adversarial_weight=0"]
-    plan, regressed, consistent, phased = (
-        memory_of(Spec("", method, method, alone if method == "rapm" else []))
-        for method in ("rapm", "regression", "lcm", "pcm")
-    )
-    assert regressed == pytest.approx(plan, rel=0.02)
-    assert consistent == pytest.approx(regressed, rel=0.02)
-    config = configuration.load(settings=["device=cpu"])
-    network = load_backbone(teacher_of(config), config, "cpu").network
-    assert 1 < (phased - consistent) / bytes_of(iter(network.parameters())) < 1.5
+def test_runs_with_equal_facts_share_their_trajectories(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    def store_of(name: str, config: Config) -> Path:
+        run = Run.open(tmp_path / name, config)
+        store = runs.shared_store(run, tmp_path / "stores")
+        assert TrajectoryStore.open(run.trajectories).manifest == store.manifest
+        return run.trajectories.resolve()
+
+    one = store_of("one", tiny_config)
+    assert store_of("rate", changed(tiny_config, student={"learning_rate": 1.0})) == one
+    assert store_of("delta", changed(tiny_config, rapm={"delta": 2})) != one
+    assert store_of("one", tiny_config) == one
 
 
-def test_fewer_slots_are_seen_in_a_rollout_of_more() -> None:
-    network, schedule = Backbone(make_unet(), FAMILY.call, ()), make_world().schedule
-    z, _, conditioning = inputs(1)
-    fine = Grid(slots=8, fine_steps=2)
-    with network.role(TEACHER):
-        coarse, nudged = rollout(network, schedule, fine, z, conditioning)
-        row: Any = Trajectory(coarse[0], nudged[0], {}, "", 0, 0)
-        stored: Any = SimpleNamespace(manifest={"facts": {"grid": [8, 2, 1]}}, unconditional={})
-        for slots in (4, 2, 1):
-            coarse, nudged = rollout(
-                network, schedule, Grid(slots=slots, fine_steps=16 // slots), z, conditioning
-            )
-            view = View(stored, 1, slots)
-            view.store = [row]  # type: ignore[assignment]
-            assert torch.equal(view[0].coarse, coarse[0]) and torch.equal(view[0].nudged, nudged[0])
+@pytest.mark.parametrize("killed_at", [4, 10])
+def test_a_run_that_was_killed_while_it_was_scored_ends_as_one_that_was_not(
+    tiny_config: Config, tmp_path: Path, killed_at: int
+) -> None:
+    """Points at 2, 4 ... 10, checkpoints at 4, 8 and 10."""
+    config = changed(tiny_config, samples={"every": 2})
+    spec = Spec("tiny", "regression", score_at=(2, 4, 6, 8, 10), steps=(1, 3))
+
+    def go_on(name: str, killed_at: int) -> Run:
+        run = Run.open(tmp_path / name, config)
+        store, teacher = runs.shared_store(run, tmp_path / "stores"), teacher_of(config)
+        method = runs.make_method(spec, config, teacher, store, tmp_path)
+
+        def score(num_steps: int) -> dict[str, float]:
+            if points.known and points.known[-1]["iteration"] == killed_at - 2:
+                raise KeyboardInterrupt
+            with method.student.averaged():
+                weights = method.student.parameters.values()
+                return {"sum": sum(float(p.detach().sum()) for p in weights)}
+
+        points = Points(spec, run, score)
+        assert runs.train_and_score(run, method, store, points)
+        return run
+
+    whole = go_on("whole", 0)
+    with pytest.raises(KeyboardInterrupt):
+        go_on("killed", killed_at)
+    killed = go_on("killed", 0)
+    found = [json.loads((run.folder / "points.json").read_text()) for run in (whole, killed)]
+    for points in found:
+        assert [(p["iteration"], p["steps"]) for p in points] == [
+            *((k, 3) for k in (2, 4, 6, 8)),
+            (10, 1),
+            (10, 3),
+        ]
+    assert [p["sum"] for p in found[0]] == [p["sum"] for p in found[1]]
+    assert len({p["sum"] for p in found[0]}) == 5
+    files = [
+        (run.checkpoints / "step-00000010.safetensors").read_bytes() for run in (whole, killed)
+    ]
+    assert files[0] == files[1]
+
+
+def test_stochastic_sampling_predicts_the_clean_latent_and_adds_noise(tiny_config: Config) -> None:
+    """One step is the prediction itself; of several, no picture depends on its neighbours."""
+    teacher = teacher_of(tiny_config)
+    backbone = load_backbone(teacher, tiny_config, "cpu")
+    sampler = StochasticSampler(teacher, backbone, guidance_scale=3.0, batch_size=2)
+    texts, seeds = ["a red star on grass", "a blue ring on sand"], [5, 6]
+    z = torch.stack([picture_noise(seed, sampler.shape) for seed in seeds])
+    conditioning, _ = sampler.encode(texts)
+    with torch.no_grad(), backbone.adapter(TEACHER):
+        eps = backbone(z, torch.full((2,), 999), conditioning)
+    expected = teacher.schedule.x0_and_eps(z, eps, 999)[0]
+    torch.testing.assert_close(sampler.latents(TEACHER, texts, seeds, 1), expected)
+    both = sampler.latents(TEACHER, texts, seeds, 4)
+    alone = sampler.latents(TEACHER, texts[1:], seeds[1:], 4)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sampler.latents(TEACHER, texts, [5, 7], 4)[1], both[1], atol=1e-2)

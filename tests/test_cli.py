@@ -4,17 +4,22 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import changed
+from PIL import Image
 
-from rapm import config as configuration
 from rapm.cli import main
+from rapm.pipeline import make_trajectories
+from rapm.run import Run
+from rapm.settings import presets
 
 CREATING = ["distill", "trajectories"]
 ON_A_RUN = ["train", "export", "sample", "evaluate"]
-ON_NOTHING = ["prompts"]
-PRESETS = ", ".join(configuration.presets())
+ON_NOTHING = ["prompts", "plan", "doctor"]
+PRESETS = ", ".join(presets())
 
 
 @pytest.fixture
@@ -23,6 +28,7 @@ def rapm(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments):
+        capsys.readouterr()  # what came before
         monkeypatch.setattr(sys, "argv", ["rapm", *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
@@ -35,6 +41,12 @@ def rapm(tmp_path, monkeypatch, capsys):
 def teacher(tmp_path, tiny_teacher):
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     return "teacher"
+
+
+def everything_in(folder):
+    """Every file's content and when it was written; the lock, which is empty, aside."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
 def mistake(answer):
@@ -88,14 +100,25 @@ def mistake(answer):
             "trajectories.size: this teacher's pictures have sides that are multiples of 16 "
             "pixels, not 66x64",
         ),
-        *(
-            (
-                f"--size 64x64,64x96 --set training.{side_by_side}=2",
-                "settings: trajectories.size names several sizes; pictures of different size fit "
-                "in no batch: ",
-            )
-            for side_by_side in ("batch_size", "walk_ahead")
+        (
+            "--size 64x64,64x96 --set training.batch_size=2",
+            "settings: trajectories.size names several sizes; pictures of different size fit "
+            "in no batch: training.batch_size = 1",
         ),
+        ("--method other", "there is no method 'other'; there are: rapm, midpoint"),
+        (
+            "--method midpoint --set rapm.delta=1",
+            "settings: rapm.delta is not read by method 'midpoint'; method 'rapm' reads it",
+        ),
+        (
+            "--set midpoint.weight=1",
+            "settings: midpoint.weight is not read by method 'rapm'; method 'midpoint' reads it",
+        ),
+        (
+            "--method midpoint --preset sdxl-paper",
+            "preset 'sdxl-paper' is of method 'rapm', not 'midpoint'",
+        ),
+        ("--teacher=", "--teacher is empty"),
     ],
 )
 def test_bad_settings_create_nothing(rapm, tmp_path, command, arguments, line):
@@ -186,6 +209,153 @@ def test_a_command_that_cannot_be_parsed(rapm, tmp_path, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
+# ---- a run and its method
+
+
+@pytest.mark.parametrize("stage", ["settings", "trajectories", "checkpoint"])
+@pytest.mark.parametrize("command", CREATING)
+@pytest.mark.parametrize("before", ["rapm", "midpoint"])
+def test_a_run_does_not_change_its_method(
+    rapm, tmp_path, tiny_config, tiny_midpoint, before, command, stage
+):
+    configs = {"rapm": tiny_config, "midpoint": tiny_midpoint}
+    run = Run.open(tmp_path / "run", configs.pop(before))
+    (now,) = configs
+    if stage != "settings":
+        make_trajectories(run)
+    if stage == "checkpoint":
+        run.save_checkpoint(4, {"a": torch.ones(1)})
+    kept = everything_in(run.folder)
+    teacher, prompts = run.config.teacher, run.config.trajectories.prompts
+    options = ["--teacher", teacher, "--prompts", prompts, "--set", "device=cpu", "--method", now]
+    line = f"run holds a run of method '{before}', not '{now}'; choose another --out"
+    assert mistake(rapm(command, "--out", "run", *options)) == line
+    assert everything_in(run.folder) == kept
+
+
+OLDER = """teacher = "toy"
+
+[trajectories]
+count = 96
+
+[critics]
+adversarial_weight = 0.4
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "distill --out run",
+        "distill --out run --method midpoint",
+        "trajectories --out run",
+        "trajectories run",
+        *(f"{command} run" for command in ON_A_RUN),
+    ],
+)
+def test_a_run_of_an_older_version_is_left_as_it_is(rapm, tmp_path, arguments):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(OLDER)
+    (tmp_path / "run" / "checkpoints" / "step-00000004.safetensors").write_bytes(b"weights")
+    kept = everything_in(tmp_path)
+    assert mistake(rapm(*arguments.split())) == (
+        f"run{os.sep}config.toml names no method: the run was made by an older rapm, and this one "
+        "cannot go on with it; nothing in it was changed: choose another folder"
+    )
+    assert everything_in(tmp_path) == kept
+
+
+# ---- rapm trajectories
+
+
+@pytest.mark.parametrize("arguments", ["", "run --out other", "--show 2"])
+def test_a_run_or_a_new_one(rapm, tmp_path, arguments):
+    line = "name either the folder of a run, or a new one with --out"
+    assert mistake(rapm("trajectories", *arguments.split())) == line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--set training.seed=1", "--set"),
+        ("--teacher-lora a.safetensors", "--teacher-lora"),
+        ("--method rapm", "--method"),
+    ],
+)
+def test_a_runs_settings_are_not_changed_on_the_way(rapm, tmp_path, tiny_config, option, name):
+    """Else they would be passed over in silence."""
+    Run.open(tmp_path / "run", tiny_config)
+    line = mistake(rapm("trajectories", "run", *option.split()))
+    assert line == f"run has its own settings; {name} goes with --out"
+    assert not (tmp_path / "run" / "trajectories").exists()
+
+
+def test_trajectories_are_made_and_shown(rapm, tmp_path, tiny_config):
+    """Of a new run, then of the same again by its folder."""
+    own = tiny_config.trajectories
+    options = ["--teacher", tiny_config.teacher, "--prompts", own.prompts, "--out", "run"]
+    settings = ["device=cpu", "trajectories.count=3", "trajectories.slots=2"]
+    settings += ["trajectories.fine_steps=2"]
+    shown = f"Picture: run{os.sep}samples{os.sep}trajectories.png"
+    told = f"3 trajectories in run{os.sep}trajectories"
+    arguments = [*options, *(f"--set={setting}" for setting in settings)]
+    code, out, _ = rapm("trajectories", *arguments, "--show", "1")
+    assert (code, out.splitlines()) == (0, ["3 prompts", told, shown])
+    assert picture_size(tmp_path / "run") == (3 * 132 + 4, 2 * (128 + 4 + 22) + 4)
+    kept = everything_in(tmp_path / "run" / "trajectories")
+    code, out, _ = rapm("trajectories", "run", "--show", "2")
+    assert (code, out.splitlines()) == (0, [told, shown])
+    assert picture_size(tmp_path / "run") == (3 * 132 + 4, 4 * (128 + 4 + 22) + 4)
+    code, out, _ = rapm("trajectories", "run")
+    assert (code, out.splitlines()) == (0, [told])
+    assert everything_in(tmp_path / "run" / "trajectories") == kept
+
+
+def picture_size(run):
+    with Image.open(run / "samples" / "trajectories.png") as opened:
+        return opened.size
+
+
+def test_midpoint_has_none_to_show_and_says_so(rapm, tmp_path, tiny_midpoint):
+    Run.open(tmp_path / "run", tiny_midpoint)
+    told = (
+        "Method 'midpoint' learns without a rollout: 6 pairs of prompt and noise are ready in "
+        f"run{os.sep}trajectories, no trajectories\n"
+    )
+    code, out, err = rapm("trajectories", "run", "--show", "1")
+    line = "rapm: method 'midpoint' stores no trajectories: there is nothing to show\n"
+    assert (code, out, err) == (2, told, line)
+    assert rapm("trajectories", "run") == (0, told, "")
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+# ---- the whole chain
+
+
+def test_distilling_says_what_it_does_and_goes_on(rapm, tmp_path, tiny_midpoint):
+    settings = changed(tiny_midpoint, training={"iterations": 4}, samples={"count": 1, "every": 2})
+    file = tmp_path / "mine.toml"
+    shutil.copy(Run.open(tmp_path / "other", settings).folder / "config.toml", file)
+    code, out, _ = rapm("distill", "--config", "mine.toml", "--out", "run", "--force")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "3 prompts"
+    assert "Computes on cpu" in lines
+    run = Path("run")
+    assert lines[-5:] == [
+        f"LoRA for diffusers: {run / 'export' / 'pytorch_lora_weights.safetensors'}",
+        f"LoRA for ComfyUI, Forge and A1111: {run / 'export' / 'run-3-steps.safetensors'}",
+        f"Picture: {run / 'samples' / 'iterations.png'}",
+        f"Picture: {run / 'samples' / 'seed-0-steps-3.png'}",
+        f"Picture: {run / 'samples' / 'teacher.png'}",
+    ]
+    kept = everything_in(tmp_path / "run" / "checkpoints")
+    code, out, _ = rapm("train", "run")
+    assert (code, out.splitlines()) == (0, lines[-5:-3])
+    assert everything_in(tmp_path / "run" / "checkpoints") == kept
+
+
 def test_help_waits_for_no_heavy_import():
     program = """
 import sys
@@ -194,7 +364,8 @@ from rapm.cli import main
 try:
     main()
 finally:
-    print(sorted({"torch", "diffusers", "transformers", "peft", "numpy", "pydantic"} & set(sys.modules)))
+    heavy = {"torch", "diffusers", "transformers", "peft", "numpy", "pydantic"}
+    print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

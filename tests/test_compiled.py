@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_network import backbone, draws, gradients, inputs, make_players, stored_batch
+from conftest import make_backbone
+from test_methods import EVEN, ODD, found, make_method
+from test_network import inputs
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from rapm.compiled import check_compiled, compile_blocks
 from rapm.errors import UserError
+from rapm.methods import Batch, Method
 from rapm.models.stable_diffusion import UNET_LORA_TARGETS
 from rapm.network import STUDENT
 from rapm.quantize import quantize
-from rapm.turns import Players, critic_turn, student_turn
+from rapm.sampling import seeded
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +30,15 @@ def fresh():
     torch._dynamo.reset()
 
 
-def both_turns(players: Players) -> list[torch.Tensor]:
-    _, walked = student_turn(players, stored_batch(), draws())
-    critic_turn(players, walked, draws())
-    learners = [players.student, *players.critics.values()]
-    found = [g for learner in learners for g in gradients(learner).values()]
-    for learner in learners:
-        learner.optimizer.zero_grad(set_to_none=True)
-    return found
+def both_kinds(method: Method, batch: Batch) -> list[torch.Tensor]:
+    """Gradients of a discriminators' and of a student's iteration, by every learner."""
+    gradients = []
+    for iteration in (EVEN, ODD):
+        method.training_step(iteration, batch, seeded("a test"))
+        gradients += [g for name in method.learners for g in found(method, name).values()]
+        for learner in method.learners.values():
+            learner.optimizer.zero_grad(set_to_none=True)
+    return gradients
 
 
 @pytest.mark.skipif(
@@ -43,24 +47,22 @@ def both_turns(players: Players) -> list[torch.Tensor]:
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiling_changes_nothing(ddim_schedule, checkpointing: bool) -> None:
-    """Gradients of student and critics at batch size 1, where peft's own layers come out wrong."""
-    found = []
+    """Gradients of every learner, where peft's own layers come out wrong."""
+    results = []
     for compiled in (False, True):
-        players = make_players(
-            ddim_schedule, checkpointing, huber_c=0.1
-        )  # smaller, rounding comes back larger
+        training = {"gradient_checkpointing": checkpointing}
+        method, batch = make_method(ddim_schedule, training=training)
         if compiled:
-            compile_blocks(players.backbone)
-            before = [p.clone() for p in players.student.parameters.values()]
-            check_compiled(players.backbone, lambda players=players: both_turns(players))
-            for p, b in zip(players.student.parameters.values(), before, strict=True):
-                assert torch.equal(p, b)
+            compile_blocks(method.backbone)
+            weights = method.student.parameters.values()
+            before = [p.clone() for p in weights]
+            check_compiled(method.backbone, lambda m=method, b=batch: both_kinds(m, b))
+            assert all(torch.equal(p, b) for p, b in zip(weights, before, strict=True))
             compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        found.append(both_turns(players))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before > 0, (
-        "compiled, and all of it was checked"
-    )
-    for a, b in zip(*found, strict=True):
+        results.append(both_kinds(method, batch))
+    # Compiled, and all of it was checked.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before > 0
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
@@ -86,18 +88,18 @@ def off_by(share: float, backward: bool):
 
 @pytest.mark.parametrize(("share", "backward"), [(0.0, True), (0.01, True), (0.01, False)])
 def test_wrong_blocks_are_found_out(ddim_schedule, share: float, backward: bool) -> None:
-    players = make_players(ddim_schedule)
-    before = [p.clone() for p in players.student.parameters.values()]
-    players.backbone.network.compile_repeated_blocks(backend=off_by(share, backward), dynamic=False)
+    method, batch = make_method(ddim_schedule)
+    before = [p.clone() for p in method.student.parameters.values()]
+    method.backbone.network.compile_repeated_blocks(backend=off_by(share, backward), dynamic=False)
     if share:
         with pytest.raises(
             UserError,
             match=rf"{'gradient' if backward else 'output'} is off by 1.0%.*set it to false",
         ):
-            check_compiled(players.backbone, lambda: both_turns(players))
+            check_compiled(method.backbone, lambda: both_kinds(method, batch))
     else:
-        check_compiled(players.backbone, lambda: both_turns(players))
-    for p, b in zip(players.student.parameters.values(), before, strict=True):
+        check_compiled(method.backbone, lambda: both_kinds(method, batch))
+    for p, b in zip(method.student.parameters.values(), before, strict=True):
         assert torch.equal(p, b)
 
 
@@ -105,22 +107,22 @@ def test_no_compiler_is_said_in_one_line(ddim_schedule) -> None:
     def none(graph: Any, inputs: Any) -> Any:
         raise FileNotFoundError("no compiler")
 
-    players = make_players(ddim_schedule)
-    players.backbone.network.compile_repeated_blocks(backend=none)
+    method, batch = make_method(ddim_schedule)
+    method.backbone.network.compile_repeated_blocks(backend=none)
     with pytest.raises(
         UserError, match=r"cannot compile here: .*no compiler.*set it to false"
     ) as caught:
-        check_compiled(players.backbone, lambda: both_turns(players))
+        check_compiled(method.backbone, lambda: both_kinds(method, batch))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("base", [None, "int8", "fp8"])
+@pytest.mark.parametrize("base", [None, "int8"])
 def test_blocks_of_a_kind_share_what_was_compiled(base: Any) -> None:
     """However many they are: SDXL has seventy."""
-    body = backbone(kind="sdxl")
+    body = make_backbone(kind="sdxl")
     if base:
         quantize(body.network, UNET_LORA_TARGETS, base)
-    body.add_role(STUDENT, 2, UNET_LORA_TARGETS, 0)
+    body.add_adapter(STUDENT, 2, UNET_LORA_TARGETS, 0)
     made: list[int] = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -131,7 +133,7 @@ def test_blocks_of_a_kind_share_what_was_compiled(base: Any) -> None:
     blocks = [
         m for m in body.network.modules() if type(m).__name__ in body.network._repeated_blocks
     ]
-    with body.role(STUDENT), torch.no_grad():
+    with body.adapter(STUDENT), torch.no_grad():
         body(*inputs(kind="sdxl"))
     kinds = {m.norm1.normalized_shape for m in blocks}
     assert len(blocks) > len(kinds)

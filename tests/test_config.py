@@ -5,21 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import changed
 
-from rapm import config as configuration
-from rapm.config import Config, Section, differences, dump, flatten, load, parse, read
+from rapm import settings
+from rapm.config import Config, Section, keys, unread
 from rapm.errors import UserError
+from rapm.settings import differences, dump, flatten, load, parse, presets, read_run
 
 TABLES = {key: type(value) for key, value in Config() if isinstance(value, Section)}
+METHODS = ("rapm", "midpoint")
+FREE_TO_COMBINE = [name for name in presets() if not name.endswith("-paper")]
 FREE = [
     "device",
     "trajectories.batch_size",
     "training.slot_batch",
     "training.gradient_checkpointing",
-    "training.channels_last",
     "training.compile",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "samples.every",
+    "samples.count",
 ]
 ODD = {
     "teacher": 'C:\\models\\"mine"',
@@ -29,19 +34,65 @@ ODD = {
         "guidance_scale": 1,
     },
     "student": {"targets": ["to_q", "ff.net.2"], "learning_rate": 1e-7},
-    "training": {"positions": "stored", "relative_weight": [0, 1, 2.5, 0.1], "absolute_weight": 0},
+    "rapm": {"absolute_weight": [0, 1, 2.5, 0.1], "relative": False},
+}
+ODD_MIDPOINT = {
+    "method": "midpoint",
+    "teacher_loras": ["a.safetensors:0.5"],
+    "midpoint": {"weight": [4, 1, 0, 0.1]},
 }
 
 
-def told(*settings, file=None):
+def told(*given, file=None, **options):
     """The one line that these settings are refused with."""
     with pytest.raises(UserError) as caught:
-        load(file, settings=settings)
+        load(file, settings=given, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
+def written(name):
+    """What a shipped file says, its keys joined by dots."""
+    file = settings.CONFIGS / f"{name}.toml"
+    return flatten(tomllib.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def nested(flat):
+    table = {}
+    for key, value in flat.items():
+        *section, name = key.split(".")
+        (table.setdefault(section[0], {}) if section else table)[name] = value
+    return table
+
+
 # ---- where from
+
+
+def test_the_defaults_are_the_papers():
+    loaded = flatten(load(teacher="models/sd15").model_dump())
+    expected = {
+        "method": "rapm",
+        "trajectories.slots": 4,
+        "trajectories.fine_steps": 25,
+        "trajectories.count": 1000,
+        "rapm.delta": 1,
+        "rapm.relative": True,
+        "rapm.absolute_weight": 1.0,
+        "rapm.detach_relative": True,
+        "rapm.detach_slots": True,
+        "training.iterations": 20_000,
+        "training.batch_size": 1,
+        "training.huber_c": 1e-3,
+        "training.decay": 0.0,
+        "discriminators.adversarial_weight": 0.1,
+        "discriminators.weighting": "fixed",
+        "discriminators.loss": "hinge",
+        "discriminators.noise": "independent",
+        "discriminators.schedule": "alternate",
+        "student.ema": 0.0,
+    }
+    assert {key: loaded[key] for key in expected} == expected
+    assert load(teacher="models/sd15") == Config(teacher="models/sd15")
 
 
 def test_the_toy_teacher_takes_the_toy_preset():
@@ -49,13 +100,54 @@ def test_the_toy_teacher_takes_the_toy_preset():
     assert load() != Config()
 
 
-@pytest.mark.parametrize("name", configuration.presets())
-def test_a_preset_gives_what_its_file_says(name):
-    written = flatten(
-        tomllib.loads((configuration.PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-    )
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FREE_TO_COMBINE)
+def test_a_preset_goes_with_either_method(name, method):
+    """Later files win: the method's, the preset's, the preset's for this method."""
+    files = (f"methods/{method}", f"presets/{name}", f"presets/{name}.{method}")
+    expected = {"method": method}
+    for file in files:
+        expected |= written(file)
+    config = load(preset=name, method=method)
+    loaded = flatten(config.model_dump())
+    assert {key: loaded[key] for key in expected} == expected
+    assert config == parse(nested(expected), "again")  # the rest is left at its defaults
+    assert "method" not in written(f"presets/{name}")
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name not in FREE_TO_COMBINE])
+def test_a_papers_preset_is_of_its_method_alone(name, tmp_path):
     loaded = flatten(load(preset=name).model_dump())
-    assert written == {key: loaded[key] for key in written}
+    assert {key: loaded[key] for key in written(f"presets/{name}")} == written(f"presets/{name}")
+    assert load(preset=name) == load(preset=name, method="rapm")
+    line = f"preset '{name}' is of method 'rapm', not 'midpoint'"
+    file = tmp_path / "mine.toml"
+    file.write_text('method = "midpoint"\n')
+    assert told(preset=name, method="midpoint") == line
+    assert told("method=midpoint", preset=name) == line
+    assert told(file=file, preset=name) == line
+    assert load(file, preset=name, method="rapm").method == "rapm"
+
+
+def test_a_presets_file_for_one_method_is_for_that_one_alone():
+    rapm, midpoint = written("presets/toy.rapm"), written("presets/toy.midpoint")
+    assert rapm["trajectories.count"] == 96 and midpoint["midpoint.weight"] == [4, 1, 1, 1]
+    assert load(method="midpoint").trajectories.count == 4000
+    assert load(method="midpoint").midpoint.weight == [4, 1, 1, 1]
+    assert load(method="rapm").trajectories.count == 96
+    assert load(method="rapm").midpoint.weight == 1.0
+    assert load(preset="sdxl-12gb", method="midpoint").midpoint.weight == 1.0
+
+
+@pytest.mark.parametrize("preset", ["toy", "sdxl-12gb"])
+def test_a_method_brings_what_suits_it_however_it_is_named(tmp_path, preset):
+    file = tmp_path / "mine.toml"
+    file.write_text('method = "midpoint"\n')
+    asked = load(preset=preset, method="midpoint")
+    assert asked.student.ema == 0.99 and asked.training.decay == 0.6
+    assert load(file, preset=preset) == load(preset=preset, settings=["method=midpoint"]) == asked
+    assert load(file, preset=preset, method="rapm") == load(preset=preset)
+    assert load(preset=preset, method="midpoint", settings=["student.ema=0.5"]).student.ema == 0.5
 
 
 def test_another_teacher_takes_no_preset():
@@ -70,9 +162,8 @@ def test_later_settings_win(tmp_path):
     assert load(file).training.checkpoint_every == 50
     both = load(file, settings=["training.checkpoint_every=6", "training.checkpoint_every=7"])
     assert (both.training.checkpoint_every, both.student.rank) == (7, 3)
-    assert (
-        both.student.learning_rate == preset.student.learning_rate
-    )  # a section in the file leaves its other keys alone
+    # A section in the file leaves its other keys alone.
+    assert both.student.learning_rate == preset.student.learning_rate
     assert both.trajectories == preset.trajectories
 
 
@@ -90,20 +181,19 @@ def test_a_prompt_file_is_kept_as_an_absolute_path_and_a_hub_data_set_as_it_is(
     monkeypatch.chdir(tmp_path)
     assert load(prompts="mine.csv").trajectories.prompts == str(tmp_path / "mine.csv")
     assert load(prompts=Path("mine.csv")).trajectories.prompts == str(tmp_path / "mine.csv")
-    assert (
-        load(prompts="hub:them/theirs@v2:train[:9]").trajectories.prompts
-        == "hub:them/theirs@v2:train[:9]"
-    )
+    hub = "hub:them/theirs@v2:train[:9]"
+    assert load(prompts=hub).trajectories.prompts == hub
 
 
 def test_a_setting_is_toml_or_else_text():
-    settings = [
-        "trajectories.prompts=my prompts.txt",
-        "student.targets=['to_q']",
-        "training.huber_c=1e-2",
-        "training.seed=-3",
-    ]
-    config = load(settings=settings)
+    config = load(
+        settings=[
+            "trajectories.prompts=my prompts.txt",
+            "student.targets=['to_q']",
+            "training.huber_c=1e-2",
+            "training.seed=-3",
+        ]
+    )
     assert config.trajectories.prompts == str(Path("my prompts.txt").absolute())
     assert config.student.targets == ["to_q"]
     assert config.training.huber_c == 0.01
@@ -111,15 +201,23 @@ def test_a_setting_is_toml_or_else_text():
 
 
 @pytest.mark.parametrize(
-    "table", [{}, {"trajectories": {"fine_steps": 250}}, ODD], ids=["defaults", "largest", "odd"]
+    "table",
+    [
+        {},
+        {"trajectories": {"fine_steps": 250}},
+        ODD,
+        {"method": "midpoint"},
+        ODD_MIDPOINT,
+        load(method="midpoint").model_dump(exclude={"rapm", "discriminators", "trajectories"}),
+    ],
+    ids=["defaults", "largest", "odd", "midpoint", "odd midpoint", "toy midpoint"],
 )
-def test_what_was_dumped_is_read_again(tmp_path, table):
+def test_what_was_dumped_is_read_again(table):
     config = parse(table, "table")
-    (tmp_path / "config.toml").write_text(dump(config), encoding="utf-8", newline="\n")
-    assert read(tmp_path / "config.toml") == config
-    assert set(flatten(tomllib.loads(dump(config)))) >= {
-        key for key, value in flatten(config.model_dump()).items() if value
-    }
+    assert read_run(dump(config), "again") == config
+    dumped = flatten(tomllib.loads(dump(config)))
+    assert dumped.keys() == set(keys(Config)) - unread(config.method).keys()
+    assert dumped == {key: flatten(config.model_dump())[key] for key in dumped}
 
 
 # ---- what is refused
@@ -142,13 +240,54 @@ def test_an_unknown_key_like_no_other():
     assert told("xyzzy=5") == "settings: unknown key 'xyzzy'"
 
 
+def test_every_key_is_read_by_a_method():
+    everything = set(keys(Config))
+    assert unread("rapm") == {"midpoint.weight": "midpoint"}
+    own = {key for key in everything if key.startswith(("rapm.", "discriminators."))}
+    rollout = {"trajectories.fine_steps", "trajectories.shard_size"}
+    assert unread("midpoint") == dict.fromkeys(own | rollout, "rapm")
+    assert len(own) == 14
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "reader"),
+    [
+        ("midpoint", "rapm.delta=1", "rapm"),
+        ("midpoint", "rapm.relative=true", "rapm"),
+        ("midpoint", "discriminators.rank=8", "rapm"),
+        ("midpoint", "discriminators.adversarial_weight=0", "rapm"),
+        ("midpoint", "trajectories.fine_steps=25", "rapm"),
+        ("midpoint", "trajectories.shard_size=20", "rapm"),
+        ("rapm", "midpoint.weight=1.0", "midpoint"),
+    ],
+)
+def test_a_key_that_the_method_does_not_read_is_refused(
+    tmp_path, monkeypatch, method, setting, reader
+):
+    """Also where its value is the default; by a setting, a file and a preset."""
+    key, value = setting.split("=")
+    line = f"{key} is not read by method '{method}'; method '{reader}' reads it"
+    assert told(setting, method=method) == f"settings: {line}"
+    assert load(settings=[setting], method=reader).method == reader
+    section, name = key.split(".")
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[{section}]\n{name} = {value}\n")
+    assert told(file=file, method=method) == f"{file}: {line}"
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    (tmp_path / "presets").mkdir()
+    file.rename(tmp_path / "presets" / "mine.toml")
+    assert told(preset="mine", method=method, teacher="owner/name") == f"settings: {line}"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("training.iterations", "many"),
         ("training.iterations", 0),
-        ("training.relative_weight", "much"),
-        ("training.relative_weight", -1),
+        ("rapm.absolute_weight", "much"),
+        ("rapm.absolute_weight", -1),
+        ("rapm.relative", 0.5),
+        ("rapm.delta", 0),
         ("trajectories.slots", 0),
         ("trajectories.slots", 17),
         ("trajectories.guidance_scale", 0.5),
@@ -157,8 +296,12 @@ def test_an_unknown_key_like_no_other():
         ("training.decay", 1.5),
         ("student.ema", 1),
         ("student.learning_rate", 0),
-        ("critics.head_width", 6),
+        ("discriminators.head_width", 6),
+        ("discriminators.adversarial_weight", -0.1),
+        ("samples.count", 65),
+        ("samples.every", -1),
         ("precision", "float64"),
+        ("base_precision", "fp8"),
         ("training", 3),
     ],
 )
@@ -172,72 +315,72 @@ def test_a_wrong_type_or_value_is_told_with_its_key(key, value):
     "setting", ["trajectories.slots=true", "training.iterations='100'", "training.seed=1.0"]
 )
 def test_a_value_is_not_bent_into_another_type(setting):
-    assert told(setting).startswith(
-        f"settings: {setting.split('=')[0]}: Input should be a valid integer"
-    )
+    key = setting.split("=")[0]
+    assert told(setting).startswith(f"settings: {key}: Input should be a valid integer")
+
+
+@pytest.mark.parametrize("value", ["dmd2", "3", "['rapm']", "true"])
+def test_an_unknown_method(value):
+    line = told(f"method={value}")
+    assert line.startswith("there is no method '") and line.endswith("; there are: rapm, midpoint")
+    assert told(method="dmd2") == "there is no method 'dmd2'; there are: rapm, midpoint"
+    with pytest.raises(UserError, match="table: method: Input should be 'rapm' or 'midpoint'"):
+        parse({"method": "dmd2"}, "table")
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("given", "words"),
     [
         (
             ["trajectories.fine_steps=251"],
             ["slots", "fine_steps", "1004 fine steps do not fit into 1000", "lower M to 250"],
         ),
-        (["trajectories.delta=11"], ["delta must be from 1 to M = 10 fine steps, not 11"]),
+        (["rapm.delta=11"], ["delta must be from 1 to M = 10 fine steps, not 11"]),
+        (["rapm.absolute_weight=[1, 1]"], ["rapm.absolute_weight has 2 weights for N = 4 slots"]),
         (
-            ["trajectories.delta=10", "training.positions=relayed"],
-            [
-                "trajectories.delta must be less than fine_steps where training.positions = "
-                "'relayed'"
-            ],
+            ["rapm.absolute_weight=[1, 1, 1, 1, 1]"],
+            ["rapm.absolute_weight has 5 weights for N = 4 slots"],
         ),
         (
-            ["training.positions=relayed", "training.relative_weight=[0, 0, 0, 0.1]"],
-            [
-                "training.relative_weight must be 0 where training.positions = 'relayed'",
-                "'stored' or 'followed'",
-            ],
+            ["rapm.relative=false", "rapm.absolute_weight=[0, 0, 0, 0]"],
+            ["rapm.absolute_weight is 0: nothing to learn"],
         ),
-        (
-            ["critics.adversarial_weight=0.4", "critics.start=0.9", "critics.head_start=0.1"],
-            [
-                "critics.start and critics.head_start add up to 1 or more: the student would never "
-                "hear of the critics"
-            ],
-        ),
-        (
-            ["training.relative_weight=[1, 1]"],
-            ["training.relative_weight has 2 weights for N = 4 slots"],
-        ),
-        (
-            ["training.absolute_weight=[1, 1, 1, 1, 1]"],
-            ["training.absolute_weight has 5 weights for N = 4 slots"],
-        ),
-        (
-            ["training.relative_weight=0", "training.absolute_weight=[0, 0, 0, 0]"],
-            ["training.relative_weight and training.absolute_weight are both 0: nothing to learn"],
-        ),
+        (["rapm.relative=false", "rapm.absolute_weight=0"], ["nothing to learn"]),
     ],
 )
-def test_settings_that_do_not_fit_together(settings, words):
-    line = told("trajectories.slots=4", "trajectories.fine_steps=10", *settings)
+def test_settings_that_do_not_fit_together(given, words):
+    line = told("trajectories.slots=4", "trajectories.fine_steps=10", *given)
     assert [word for word in words if word not in line] == []
 
 
+def test_midpoints_settings_that_do_not_fit_together():
+    line = "settings: midpoint.weight has 2 weights for N = 4 slots"
+    assert told("midpoint.weight=[1, 1]", method="midpoint") == line
+    for weights in ("0", "[0, 0, 0, 0]"):
+        line = told(f"midpoint.weight={weights}", method="midpoint")
+        assert line == "settings: midpoint.weight is 0: nothing to learn"
+
+
+def test_one_loss_is_enough():
+    assert load(settings=["rapm.absolute_weight=0"]).slot_weights(0.0) == [0.0] * 4
+    only_last = load(settings=["rapm.relative=false", "rapm.absolute_weight=[0, 0, 0, 2]"])
+    assert only_last.slot_weights(only_last.rapm.absolute_weight) == [0, 0, 0, 2]
+
+
 def test_the_largest_grid_fits():
-    table = {
-        "trajectories": {"slots": 4, "fine_steps": 250, "delta": 250},
-        "training": {"positions": "stored"},
-    }
-    assert parse(table, "table").grid().nudged(0) == -1
+    table = {"trajectories": {"slots": 4, "fine_steps": 250}, "rapm": {"delta": 250}}
+    assert parse(table, "table").grid().intermediate(0) == -1
+
+
+def test_midpoints_fine_steps_halve_a_slot():
+    grid = load(method="midpoint").grid()
+    assert grid.fine == [999, 874, 749, 624, 499, 374, 249, 124, -1]
+    assert [grid.intermediate(n) for n in range(4)] == [124, 374, 624, 874]
 
 
 def test_a_setting_without_a_value():
-    assert (
-        told("training.iterations")
-        == "--set 'training.iterations': write KEY=VALUE, for instance training.iterations=100"
-    )
+    line = "--set 'training.iterations': write KEY=VALUE, for instance training.iterations=100"
+    assert told("training.iterations") == line
 
 
 def test_a_missing_file(tmp_path):
@@ -259,13 +402,10 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path):
     assert told(file=file) == f"{file}: unknown key 'student.ranks'; did you mean 'student.rank'?"
 
 
-def test_an_unknown_preset():
-    with pytest.raises(UserError) as caught:
-        load(preset="huge")
-    assert (
-        str(caught.value)
-        == f"there is no preset 'huge'; there are: {', '.join(configuration.presets())}"
-    )
+@pytest.mark.parametrize("name", ["huge", "toy.rapm", "../methods/midpoint"])
+def test_an_unknown_preset(name):
+    assert told(preset=name) == f"there is no preset '{name}'; there are: {', '.join(presets())}"
+    assert "toy.rapm" not in presets()
 
 
 def test_names_of_files_are_kept_absolute(tmp_path, monkeypatch):
@@ -284,11 +424,8 @@ def test_names_of_files_are_kept_absolute(tmp_path, monkeypatch):
     assert config.teacher == str(tmp_path / "model")
     assert config.teacher_loras == [str(tmp_path / "a.safetensors:0.5")]
     assert config.trajectories.prompts == str(tmp_path / "p.txt")
-    assert (
-        load(teacher="model").teacher
-        == load(settings=["teacher=model"]).teacher
-        == str(tmp_path / "here" / "model")
-    )
+    here = str(tmp_path / "here" / "model")
+    assert load(teacher="model").teacher == load(settings=["teacher=model"]).teacher == here
     assert load(teacher="~/model").teacher == str(tmp_path / "model")
     assert load(teacher="owner/name").teacher == "owner/name"
 
@@ -310,25 +447,74 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     assert str(caught.value) == told
 
 
+# ---- a run's own
+
+
+def test_a_run_of_an_older_version_is_told():
+    line = (
+        "config.toml names no method: the run was made by an older rapm, and this one cannot go on "
+        "with it; nothing in it was changed: choose another folder"
+    )
+    for text in ('teacher = "toy"\n[critics]\nrank = 8\n', ""):
+        with pytest.raises(UserError) as caught:
+            read_run(text, "config.toml")
+        assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("teacher = ", "config.toml is not a TOML file: "),
+        ('method = "rapm"\n[critics]\nrank = 8\n', "config.toml: unknown key 'critics.rank'"),
+        ('method = "other"\n', "config.toml: method: Input should be 'rapm' or 'midpoint'"),
+        (
+            'method = "midpoint"\n[rapm]\ndelta = 1\n',
+            "config.toml: rapm.delta is not read by method 'midpoint'; method 'rapm' reads it",
+        ),
+    ],
+)
+def test_a_runs_damaged_settings_are_told(text, line):
+    with pytest.raises(UserError) as caught:
+        read_run(text, "config.toml")
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
 # ---- comparison
 
 
 def test_differences_tell_both_values():
-    stored = "training.positions=stored"
-    old = load(settings=[stored, "training.relative_weight=1", "training.seed=0"])
+    old = load(settings=["rapm.absolute_weight=1", "training.seed=0"])
     new = load(
         settings=[
-            stored,
-            "training.relative_weight=[1, 1, 1, 0]",
+            "rapm.absolute_weight=[1, 1, 1, 0]",
             "training.seed=5",
             "trajectories.batch_size=3",
         ]
     )
     assert differences(old, old) == []
     assert differences(old, new) == [
-        "training.relative_weight: 1.0 -> [1.0, 1.0, 1.0, 0.0]",
+        "rapm.absolute_weight: 1.0 -> [1.0, 1.0, 1.0, 0.0]",
         "training.seed: 0 -> 5",
     ]
+
+
+def test_another_method_is_the_one_difference():
+    rapm, midpoint = load(method="rapm"), load(method="midpoint")
+    assert differences(rapm, midpoint) == ["method: 'rapm' -> 'midpoint'"]
+    assert differences(midpoint, rapm) == ["method: 'midpoint' -> 'rapm'"]
+
+
+def test_teacher_and_prompts_may_have_moved():
+    old = load(teacher="a/b", prompts="p.txt")
+    new = load(teacher="c/d", prompts="q.txt", settings=["training.seed=5"])
+    moved = changed(new, training={"seed": 5})
+    assert [line.split(":")[0] for line in differences(old, moved)] == [
+        "teacher",
+        "trajectories.prompts",
+        "training.seed",
+    ]
+    assert differences(old, moved, may_have_moved=True) == ["training.seed: 0 -> 5"]
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
@@ -336,12 +522,12 @@ def test_exactly_these_keys_are_free():
     """Every key is changed in turn, valid or not."""
     old = Config()
     found = {}
-    for *table, key in flatten(old.model_dump()):
-        change = {key: "another"}
-        new = old.model_copy(
-            update={t: getattr(old, t).model_copy(update=change) for t in table} or change
-        )
-        found[".".join([*table, key])] = differences(old, new)
+    for key in flatten(old.model_dump()):
+        *table, name = key.split(".")
+        change = {name: "another"}
+        update = {t: getattr(old, t).model_copy(update=change) for t in table} or change
+        found[key] = differences(old, old.model_copy(update=update))
+    assert list(found) == list(keys(Config))
     assert [key for key, lines in found.items() if not lines] == FREE
     assert [
         (key, lines)
@@ -356,5 +542,5 @@ def test_exactly_these_keys_are_free():
 def test_every_setting_is_explained(section):
     """By the docstring under it; a table by its class's own."""
     assert section.__doc__
-    keys = section.model_fields.keys() - (TABLES.keys() if section is Config else {})
-    assert [key for key in keys if not section.model_fields[key].description] == []
+    own = section.model_fields.keys() - (TABLES.keys() if section is Config else {})
+    assert [key for key in own if not section.model_fields[key].description] == []

@@ -1,62 +1,51 @@
-"""The built-in prompts: distinct, the same for everybody, well formed, of many kinds; and the
-command that writes them."""
+"""The shipped prompts: distinct, well formed, of many kinds; the grammar they come from; the
+command that writes some of them."""
 
 import random
 import re
 import sys
 from pathlib import Path
 
+import generate
 import pytest
+import words
+from grammar import LONGEST, _a, _tag, compose
 
-from rapm import words
+import rapm.prompts
 from rapm.cli import main
 from rapm.errors import UserError
-from rapm.grammar import LONGEST, MOST, _a, _tag, compose
+from rapm.prompts import shipped
+
+FILE = Path(rapm.prompts.__file__).with_name("prompts.txt")
 
 
 @pytest.fixture(scope="module")
 def many():
-    return compose(100_000, 0)
+    return FILE.read_text(encoding="utf-8").splitlines()
 
 
-def test_a_hundred_thousand_are_distinct(many):
+# ---- the file
+
+
+def test_there_are_enough_and_no_two_are_alike(many):
     """A text encoder does not tell capitals apart, so they make no difference here either."""
-    assert len({prompt.lower() for prompt in many}) == 100_000
+    assert len(many) >= 10_000
+    assert len({prompt.lower() for prompt in many}) == len(many)
 
 
-def test_a_prompt_depends_on_its_seed_and_place_alone(many):
-    assert compose(500, 0) == many[:500]
-    assert compose(1, 0) == many[:1]
-    others = compose(500, 1), compose(500, -1)
-    assert len({*many[:500], *others[0], *others[1]}) > 1450
-    random.seed(5)
-    assert compose(500, 1) == others[0]
+def test_the_file_is_what_the_tool_writes(many, tmp_path, monkeypatch, capsys):
+    arguments = ["generate.py", "--count", str(len(many)), "--out", str(tmp_path / "new.txt")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    generate.main()
+    assert (tmp_path / "new.txt").read_text(encoding="utf-8").splitlines() == many
+    assert capsys.readouterr().out == f"{len(many):,} prompts in {tmp_path / 'new.txt'}\n"
 
 
-def test_the_first_prompts_stay_what_they_are():
-    """Another machine or version of Python gives the same; whoever changes the words changes these
-    too."""
-    assert compose(3, 0) == [
-        "tawny owl stretching, roof of an old barn, night, telephoto photograph, muted colors, "
-        "film grain, 8k, "
-        "high resolution, award-winning photography, ultra realistic",
-        'glowing red sign that says "FRESH BREAD", photo',
-        "A generative art piece of grains of sand rising like a flock of birds. The colors are "
-        "teal and charcoal gray, "
-        "with paper texture.",
-    ]
-
-
-def test_the_forty_of_the_docs_are_what_the_command_there_writes():
+def test_the_docs_show_some_of_them(many):
     text = (Path(__file__).parents[1] / "docs" / "prompts.md").read_text(encoding="utf-8")
-    assert "rapm prompts --count 40 --seed 1 " in text
-    assert text.split("```text\n")[1].split("\n```")[0].splitlines() == compose(40, 1)
-
-
-def test_more_than_there_are():
-    with pytest.raises(UserError) as caught:
-        compose(MOST + 1, 0)
-    assert str(caught.value) == "1,000,001 prompts are asked for; a seed has 1,000,000"
+    shown = text.split("```text\n")[1].split("\n```")[0].splitlines()
+    assert len(shown) >= 10
+    assert set(shown) <= set(many)
 
 
 def test_prompts_are_well_formed(many):
@@ -92,27 +81,38 @@ def test_prompts_are_short_and_long_but_never_too_long(many):
     lengths = [len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in many]
     assert max(lengths) <= LONGEST
     assert min(lengths) == 1
-    assert sum(length <= 6 for length in lengths) > 4_000
-    assert sum(length > 35 for length in lengths) > 6_000
+    assert sum(length <= 6 for length in lengths) > 480
+    assert sum(length > 35 for length in lengths) > 720
 
 
 @pytest.mark.parametrize(
     ("pattern", "least"),
     [
-        (r"\.$", 25_000),  # sentences
-        (r"^[^.]*,[^.]*,[^.]*,", 20_000),  # tags
-        (r'"[^"]+"', 3_000),  # written words
-        (r"\b(woman|man|girl|boy|child|person)\b", 5_000),
-        (r"\b(cat|dog|fox|owl|whale|elephant)\b", 2_000),
-        (r"\b(street|lake|forest|village|city)\b", 5_000),
-        (r"\b(robot|dragon|wizard|astronaut)\b", 1_500),
-        (r"\b(abstract|pattern|surreal)\b", 1_500),
-        (r"photo", 19_000),
-        (r"painting|watercolor", 15_000),
+        (r"\.$", 3_000),  # sentences
+        (r"^[^.]*,[^.]*,[^.]*,", 2_400),  # tags
+        (r'"[^"]+"', 360),  # written words
+        (r"\b(woman|man|girl|boy|child|person)\b", 600),
+        (r"\b(cat|dog|fox|owl|whale|elephant)\b", 240),
+        (r"\b(street|lake|forest|village|city)\b", 600),
+        (r"\b(robot|dragon|wizard|astronaut)\b", 180),
+        (r"\b(abstract|pattern|surreal)\b", 180),
+        (r"photo", 2_280),
+        (r"painting|watercolor", 1_800),
     ],
 )
 def test_prompts_are_of_many_kinds(many, pattern, least):
     assert sum(re.search(pattern, prompt) is not None for prompt in many) >= least
+
+
+# ---- the grammar
+
+
+def test_a_prompt_depends_on_its_seed_and_place_alone():
+    first, *others = compose(500, 0), compose(500, 1), compose(500, -1)
+    assert compose(1, 0) == first[:1]
+    assert len({*first, *others[0], *others[1]}) > 1450
+    random.seed(5)
+    assert compose(500, 1) == others[0]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,38 @@ def command(monkeypatch, *arguments):
     return caught.value.code
 
 
-def test_the_command_writes_what_the_grammar_composes(tmp_path, monkeypatch, capsys):
+def test_a_choice_depends_on_its_seed_alone(many):
+    """Whoever writes the file anew changes these too."""
+    assert sorted(shipped(len(many), 0)) == sorted(many)
+    assert shipped(2, 0) == shipped(500, 0)[:2]
+    assert shipped(2, 0) == [
+        "Bauhaus poster of a French man in a yellow raincoat",
+        "A child is flying a kite.",
+    ]
+    others = shipped(500, 1), shipped(500, -1)
+    assert len({*shipped(500, 0), *others[0], *others[1]}) > 1400
+    random.seed(5)
+    assert shipped(500, 1) == others[0]
+
+
+def test_more_than_there_are(many, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "new.txt"
+    assert command(monkeypatch, "prompts", "--count", "1000000", "--out", str(file)) == 2
+    told = f"rapm: 1,000,000 prompts are asked for; rapm has {len(many):,}\n"
+    assert capsys.readouterr().err == told
+    assert not file.exists()
+    with pytest.raises(UserError):
+        shipped(len(many) + 1, 0)
+
+
+def test_the_command_writes_shipped_prompts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, count, seed in (("deep/new.txt", 40, 3), ("other.txt", 1, 0)):
         assert not command(
             monkeypatch, "prompts", "--count", str(count), "--seed", str(seed), "--out", name
         )
         assert capsys.readouterr() == (f"{count} prompt{'s' * (count > 1)} in {name}\n", "")
-        assert (tmp_path / name).read_text(encoding="utf-8").splitlines() == compose(count, seed)
+        assert (tmp_path / name).read_text(encoding="utf-8").splitlines() == shipped(count, seed)
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["deep", "new.txt", "other.txt"]
 
 

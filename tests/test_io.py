@@ -1,4 +1,4 @@
-"""A file is complete or absent; an optimiser out of a file goes on as if it had never stopped."""
+"""A file is complete or absent, and comes back as it was written."""
 
 import hashlib
 
@@ -7,9 +7,9 @@ import torch
 
 from rapm.io import (
     complete_or_absent,
-    load_optimizer_tensors,
+    complete_or_absent_folder,
+    load_metadata,
     load_tensors,
-    optimizer_tensors,
     save_tensors,
     sha256,
     under_prefix,
@@ -58,6 +58,32 @@ def test_json_keeps_every_letter(tmp_path):
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "prompt": "élan"\n}\n'
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("before", [{}, {"a": "old"}], ids=["absent", "older"])
+def test_a_folder_is_complete_or_as_it_was(tmp_path, before, error):
+    folder = tmp_path / "folder"
+    if before:
+        folder.mkdir()
+        (folder / "a").write_text("old")
+    with pytest.raises(type(error)), complete_or_absent_folder(folder) as temporary:
+        (temporary / "a").write_text("half")
+        raise error
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"] * bool(before)
+    assert not before or contents(folder) == before
+    with complete_or_absent_folder(folder) as temporary:
+        (temporary / "b").write_text("new")
+    assert contents(folder) == {"b": "new"}
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_tensor_file_has_the_permissions_of_any_new_file(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {"step": "7"})
+    (tmp_path / "plain").write_text("")
+    modes = {(tmp_path / name).stat().st_mode for name in ("a.safetensors", "plain")}
+    assert len(modes) == 1
+    assert load_metadata(tmp_path / "a.safetensors") == {"step": "7"}
+
+
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"rapm" * 100_000)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"rapm" * 100_000).hexdigest()
@@ -82,53 +108,3 @@ def test_prefixes():
     assert under_prefix("student", {"student.a.b": 1, "student2.a": 2, "a.student.b": 3}) == {
         "a.b": 1
     }
-
-
-# ---- optimisers
-
-
-def learner(weights, fused):
-    parameters = [torch.nn.Parameter(w.clone()) for w in weights]
-    return parameters, torch.optim.AdamW(
-        parameters, lr=0.01, betas=(0.0, 0.999), weight_decay=0.1, fused=fused
-    )
-
-
-def take_steps(parameters, optimizer, steps):
-    """Gradients are a function of step and weights."""
-    for step in steps:
-        for p in parameters:
-            p.grad = torch.sin(3 * p.detach() + step)
-        optimizer.step()
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path, fused):
-    start = [torch.linspace(-1, 1, 37), torch.linspace(0, 2, 24).reshape(2, 3, 4)]
-    parameters, optimizer = learner(start, fused)
-    take_steps(parameters, optimizer, range(5))
-    save_tensors(tmp_path / "a.safetensors", optimizer_tensors(optimizer))
-    kept = [p.detach().clone() for p in parameters]
-    take_steps(parameters, optimizer, range(5, 12))
-
-    resumed, again = learner(kept, fused)
-    load_optimizer_tensors(again, load_tensors(tmp_path / "a.safetensors"))
-    assert again.param_groups[0]["lr"] == 0.01
-    take_steps(resumed, again, range(5, 12))
-    assert same(resumed, parameters)
-
-    fresh, forgetful = learner(kept, fused)  # what the state is for
-    take_steps(fresh, forgetful, range(5, 12))
-    assert not same(fresh, parameters)
-
-
-def test_an_optimizer_that_took_no_step_has_no_state():
-    parameters, optimizer = learner([torch.ones(2)], False)
-    assert optimizer_tensors(optimizer) == {}
-    load_optimizer_tensors(optimizer, {})
-    take_steps(parameters, optimizer, range(1))
-    assert optimizer_tensors(optimizer).keys() == {"0.step", "0.exp_avg", "0.exp_avg_sq"}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -390,48 +391,49 @@ def test_the_report(number, duplicates, used, longer, line):
     assert report(prompts, used, longer, 77) == line
 
 
-def test_a_runs_prompts_are_described(write, tmp_path):
+def described(settings):
+    return describe_prompts(Run(Path("run"), Config.model_validate({"trajectories": settings})))
+
+
+def test_a_runs_prompts_are_described(write):
     long = " ".join(["red"] * 23)
     name = write("a.txt", f"red star\n{long}\nred star\nblue ring\n{long} red\n")
-    run = Run(
-        tmp_path / "run", Config.model_validate({"trajectories": {"prompts": name, "count": 3}})
-    )
-    assert describe_prompts(run) == (
+    assert described({"prompts": name, "count": 3}) == (
         "4 prompts, of which the first 3 are used; 1 duplicate left out; "
         "1 longer than 24 tokens, whose end the teacher does not see"
     )
-    assert (
-        describe_prompts(
-            Run(tmp_path / "run", Config.model_validate({"trajectories": {"count": 5}}))
-        )
-        == "5 prompts"
-    )
+    assert described({"count": 5}) == "5 prompts"
 
 
-def test_the_command_line_says_it_first(tiny_teacher, tiny_prompts, tmp_path, monkeypatch, capsys):
-    settings = [
-        "device=cpu",
-        "trajectories.count=2",
-        "trajectories.slots=1",
-        "trajectories.fine_steps=2",
-    ]
-    arguments = [
-        "--teacher",
-        str(tiny_teacher),
-        "--prompts",
-        str(tiny_prompts),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["rapm", "trajectories", *arguments, *(f"--set={setting}" for setting in settings)],
-    )
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("rapm", "2 trajectories in {}"),
+        (
+            "midpoint",
+            "Method 'midpoint' learns without a rollout: 2 pairs of prompt and noise are ready in "
+            "{}, no trajectories",
+        ),
+    ],
+)
+def test_the_command_line_says_it_first(
+    tiny_teacher, tiny_prompts, tmp_path, monkeypatch, capsys, method, told
+):
+    settings = ["device=cpu", "trajectories.count=2", "trajectories.slots=1"]
+    settings += ["trajectories.fine_steps=2"] if method == "rapm" else []
+    options = {
+        "--teacher": tiny_teacher,
+        "--prompts": tiny_prompts,
+        "--out": tmp_path / "run",
+        "--method": method,
+    }
+    arguments = [str(part) for option in options.items() for part in option]
+    arguments += [f"--set={setting}" for setting in settings]
+    monkeypatch.setattr(sys, "argv", ["rapm", "trajectories", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
     assert not caught.value.code
     assert capsys.readouterr().out.splitlines() == [
         "3 prompts, of which the first 2 are used",
-        f"2 trajectories in {tmp_path / 'run' / 'trajectories'}",
+        told.format(tmp_path / "run" / "trajectories"),
     ]

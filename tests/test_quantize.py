@@ -5,33 +5,40 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import get_args
 
 import pytest
 import torch
-from conftest import SMALL
-from test_network import CALL, backbone, inputs, shake
+from conftest import CALL, SMALL, make_backbone, make_conditioning, make_unet, shake
 from torch import Tensor, nn
 
+from rapm.config import Config
 from rapm.errors import UserError
-from rapm.models.stable_diffusion import UNET_LORA_TARGETS, unet_taps
+from rapm.models.stable_diffusion import UNET_LORA_TARGETS, unet_feature_layers
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.quantize import Kind, quantize
 
-KINDS: tuple[Kind, ...] = ("int8", "fp8", "nf4")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def held(
     kind: str, base: Kind, checkpointing: bool = False, dtype: torch.dtype = torch.float32
 ) -> Backbone:
-    body = backbone(kind=kind, dtype=dtype)
-    quantize(body.network, UNET_LORA_TARGETS, base)
+    network = make_unet(kind).to(dtype)
+    quantize(network, UNET_LORA_TARGETS, base)
     return Backbone(
-        body.network,
+        network,
         CALL[kind],
         UNET_LORA_TARGETS,
-        unet_taps(body.network),
+        unet_feature_layers(network),
         gradient_checkpointing=checkpointing,
     )
+
+
+def inputs(kind: str = "sd15") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(2, 4, 8, 8, generator=generator)
+    return z, torch.full((2,), 500), make_conditioning(2, kind, generator)
 
 
 def full(layer: nn.Module) -> Tensor:
@@ -53,7 +60,7 @@ def test_it_is_the_network_of_the_weights_it_stands_for(kind: str, base: Kind) -
     found = []
     for checkpointing in (False, True):
         body = held(kind, base, checkpointing)
-        plain = backbone(kind=kind)
+        plain = make_backbone(kind=kind)
         layers = quantized_layers(body.network)
         assert set(layers) == {
             name
@@ -64,10 +71,10 @@ def test_it_is_the_network_of_the_weights_it_stands_for(kind: str, base: Kind) -
         for name, layer in layers.items():
             plain.network.get_submodule(name).weight.data = full(layer)
         for each in (body, plain):
-            each.add_role(STUDENT, 3, UNET_LORA_TARGETS, 0)
+            each.add_adapter(STUDENT, 3, UNET_LORA_TARGETS, 0)
             shake(each.parameters(STUDENT), 0)
-            with each.role(STUDENT):
-                prediction = each(*inputs(kind=kind))
+            with each.adapter(STUDENT):
+                prediction = each(*inputs(kind))
                 prediction.square().mean().backward()
             found.append((prediction.detach(), [p.grad for p in each.parameters(STUDENT).values()]))
     for prediction, gradients in found[1:]:
@@ -76,16 +83,12 @@ def test_it_is_the_network_of_the_weights_it_stands_for(kind: str, base: Kind) -
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("base", "error", "share"), [("int8", 0.01, 0.6), ("fp8", 0.04, 0.6), ("nf4", 0.12, 0.4)]
-)
+@pytest.mark.parametrize(("base", "error", "share"), [("int8", 0.01, 0.6), ("nf4", 0.12, 0.4)])
 def test_what_it_costs_and_saves(base: Kind, error: float, share: float) -> None:
     """Weights come back within the error of their form; bytes of a bfloat16 network, small as it
     is, fall."""
-    body, plain = (
-        held("sdxl", base, dtype=torch.bfloat16),
-        backbone(kind="sdxl", dtype=torch.bfloat16),
-    )
+    body = held("sdxl", base, dtype=torch.bfloat16)
+    plain = make_backbone(kind="sdxl", dtype=torch.bfloat16)
     for name, layer in quantized_layers(body.network).items():
         weight = plain.network.get_submodule(name).weight.float()
         assert (full(layer).float() - weight).norm() / weight.norm() < error
@@ -121,9 +124,14 @@ def test_nf4_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_teacher_is_the_held_network() -> None:
     body = held("sd15", "int8")
-    with body.role(TEACHER), torch.no_grad():
+    with body.adapter(TEACHER), torch.no_grad():
         before = body(*inputs())
-    body.add_role(STUDENT, 2, UNET_LORA_TARGETS, 0)
+    body.add_adapter(STUDENT, 2, UNET_LORA_TARGETS, 0)
     shake(body.parameters(STUDENT), 1)
-    with body.role(TEACHER), torch.no_grad():
+    with body.adapter(TEACHER), torch.no_grad():
         assert torch.equal(body(*inputs()), before)
+
+
+def test_these_kinds_can_be_asked_for() -> None:
+    assert KINDS == ("int8", "nf4")
+    assert get_args(Config.model_fields["base_precision"].annotation) == ("same", *KINDS)

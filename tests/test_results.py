@@ -14,63 +14,75 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, make_lora
+from conftest import SMALL, changed, make_lora
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import rapm
+from rapm import settings
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.export import export_run, exported, kohya_state
-from rapm.models.resolve import resolve_teacher
+from rapm.export import export_run, exported, kohya_state, model_card
+from rapm.models.resolve import resolve_teacher, teacher_of
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.pipeline import (
-    distill_config,
-    evaluate_run,
-    make_trajectories,
-    open_run,
-    sample_run,
-    train_run,
-)
+from rapm.pipeline import distill_run, evaluate_run, make_trajectories, open_run, train_run
 from rapm.run import Run
-from rapm.sample import Studio, open_studio, sheet
-from rapm.trajectories import TrajectoryStore, picture_noise, size_index
+from rapm.sample import Sampler, open_sampler, sample_run
+from rapm.sampling import picture_noise
+from rapm.trajectories import TrajectoryStore, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
 
 
-def make_config(teacher: Path, folder: Path, **settings: object) -> Config:
+def make_config(teacher: Path, folder: Path, method: str = "rapm", **given: Any) -> Config:
     (folder / "prompts.txt").write_text("a red star on grass\n", encoding="utf-8")
     trajectories = {
         "prompts": str(folder / "prompts.txt"),
         "count": 4,
-        "fine_steps": 3,
         "guidance_scale": 2.0,
+        "size": given.pop("size", ""),
     }
-    return Config.model_validate(
-        {
-            "teacher": str(teacher),
-            "device": "cpu",
-            "trajectories": trajectories | {"size": settings.pop("size", "")},
-            "student": {"rank": 4, "learning_rate": 0.02, "ema": 0.5},
-            "critics": {"adversarial_weight": 0.4, "rank": 1, "head_width": 8},
-            "training": {"iterations": 8, "warmup": 0, "gradient_checkpointing": False},
-        }
-        | settings
-    )
+    own = {"midpoint": {"weight": [2, 1, 1, 1]}}
+    if method == "rapm":
+        trajectories["fine_steps"] = 3
+        own = {"discriminators": {"adversarial_weight": 0.4, "rank": 1, "head_width": 8}}
+    table = {
+        "method": method,
+        "teacher": str(teacher),
+        "device": "cpu",
+        "trajectories": trajectories,
+        "student": {"rank": 4, "learning_rate": 0.02, "ema": 0.5},
+        "training": {
+            "iterations": 8,
+            "warmup": 0,
+            "slot_batch": 4,
+            "gradient_checkpointing": False,
+        },
+        "samples": {"count": 0},
+    }
+    return Config.model_validate(table | own | given)
 
 
-def distilled(teacher: Path, folder: Path, **settings: object) -> Run:
-    run = distill_config(make_config(teacher, folder, **settings), folder / "run")
-    assert run is not None
+def distilled(teacher: Path, folder: Path, *arguments: Any, **given: Any) -> Run:
+    """All but the pictures, which take longest."""
+    run = open_run(make_config(teacher, folder, *arguments, **given), folder / "run")
+    make_trajectories(run)
+    assert train_run(run)
+    export_run(run)
     return run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Run:
     return distilled(tiny_teacher, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def midpoint(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Run:
+    return distilled(tiny_teacher, tmp_path_factory.mktemp("midpoint"), "midpoint")
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +107,10 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
     """Of a teacher with a LoRA fused in (sd21) too, where its card says that both are to be
     loaded."""
     run = students[kind]
-    studio = open_studio(run)
-    own = studio.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
+    sampler = open_sampler(run)
+    own = sampler.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
     pipeline = DiffusionPipeline.from_pretrained(small_teachers[kind], safety_checker=None)
-    for lora in studio.teacher.loras:
+    for lora in sampler.teacher.loras:
         pipeline.load_lora_weights(str(lora.file))
         pipeline.fuse_lora(lora_scale=lora.strength)
         pipeline.unload_lora_weights()
@@ -117,7 +129,7 @@ def test_the_exported_lora_gives_the_same_pictures_in_diffusers(
     pipeline.load_lora_weights(str(run.export))
     assert (draw() - own).abs().max() < 1e-3
     assert (before - own).abs().max() > 1e-2  # the LoRA does something
-    images = studio.images(STUDENT, PROMPTS, [3, 4], 4)
+    images = sampler.images(STUDENT, PROMPTS, [3, 4], 4)
     torch.testing.assert_close(draw("pt") * 2 - 1, images, rtol=0, atol=1e-3)
 
 
@@ -149,8 +161,8 @@ def test_the_lora_for_comfyui_is_the_same_student(
     assert metadata["modelspec.usage_hint"] in (run.export / "README.md").read_text(
         encoding="utf-8"
     )
-    studio = open_studio(run)
-    network = studio.teacher.load_network(torch.float32, "cpu")
+    sampler = open_sampler(run)
+    network = sampler.teacher.load_network(torch.float32, "cpu")
     for name, module in network.named_modules():
         key = f"lora_unet_{name.replace('.', '_')}"
         if f"{key}.alpha" in tensors:
@@ -160,19 +172,19 @@ def test_the_lora_for_comfyui_is_the_same_student(
             )
             module.weight.data += change.view_as(module.weight)
     assert not tensors, "keys that name no layer"
-    patched = Backbone(network, studio.teacher.family.call, ())
+    patched = Backbone(network, sampler.teacher.family.call, ())
     z, t, (conditioning, _) = (
         torch.randn(2, 4, 8, 8),
         torch.tensor([999, 249]),
-        studio.encode(PROMPTS),
+        sampler.encode(PROMPTS),
     )
     with torch.no_grad():
-        with studio.backbone.role(STUDENT):
-            wanted = studio.backbone(z, t, conditioning)
-        with patched.role(TEACHER):
+        with sampler.backbone.adapter(STUDENT):
+            wanted = sampler.backbone(z, t, conditioning)
+        with patched.adapter(TEACHER):
             torch.testing.assert_close(patched(z, t, conditioning), wanted, rtol=1e-4, atol=1e-4)
-        with studio.backbone.role(TEACHER):
-            assert (studio.backbone(z, t, conditioning) - wanted).abs().max() > 1e-2
+        with sampler.backbone.adapter(TEACHER):
+            assert (sampler.backbone(z, t, conditioning) - wanted).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("sd15", 278), ("sdxl", 788)])
@@ -181,7 +193,8 @@ def test_comfyui_knows_every_layer_of_the_published_architectures(
 ) -> None:
     """By the names in comfy/utils.py, ``unet_to_diffusers``."""
     attention = r"proj_(in|out)|transformer_blocks_\d_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
-    in_block = rf"attentions_\d_({attention})|resnets_\d_(conv1|conv2|time_emb_proj|conv_shortcut)|(down|up)samplers_0_conv"
+    resnet = "conv1|conv2|time_emb_proj|conv_shortcut"
+    in_block = rf"attentions_\d_({attention})|resnets_\d_({resnet})|(down|up)samplers_0_conv"
     known = re.compile(rf"lora_unet_((down|up)_blocks_\d|mid_block)_({in_block})")
     teacher = resolve_teacher(f"random:{architecture}")
     backbone = Backbone(
@@ -189,7 +202,7 @@ def test_comfyui_knows_every_layer_of_the_published_architectures(
         teacher.family.call,
         teacher.family.lora_targets,
     )
-    backbone.add_role(STUDENT, 1, backbone.lora_targets, 0)
+    backbone.add_adapter(STUDENT, 1, backbone.lora_targets, 0)
     names = {name.partition(".")[0] for name in kohya_state(backbone.lora_state(STUDENT), "unet")}
     assert len(names) == layers
     assert [name for name in names if not known.fullmatch(name)] == []
@@ -216,23 +229,19 @@ def test_diffusers_takes_the_file_for_comfyui_too(
 def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Path) -> None:
     """Prompts and sizes both come in turn, and a prompt sees every size; pictures are of the
     first."""
-    run = distilled(small_teachers["sdxl"], tmp_path, size="16x24,32x16")
+    training = {"iterations": 4, "slot_batch": 4}
+    run = distilled(small_teachers["sdxl"], tmp_path, size="16x24,32x16", training=training)
     store = TrajectoryStore.open(run.trajectories)
-    shapes = [(1, 4, 12, 8), (1, 4, 8, 16)]  # the noise
-    assert [tuple(store[k].coarse.shape) for k in range(4)] == shapes * 2
+    shapes = [(5, 4, 12, 8), (5, 4, 8, 16)]
+    assert [tuple(store[k].absolute.shape) for k in range(4)] == shapes * 2
     assert [store[k].conditioning["time_ids"].tolist() for k in range(2)] == [
         [24, 16, 0, 0, 24, 16],
         [16, 32, 0, 0, 16, 32],
     ]
     assert [size_index(k, prompts=2, sizes=2) for k in range(8)] == [0, 1, 1, 0, 0, 1, 1, 0]
-    for prompts, sizes in (
-        (1, 3),
-        (2, 3),
-        (3, 4),
-        (9, 4),
-    ):  # where the rehearsal looks for the largest
+    for prompts, sizes in ((1, 3), (2, 3), (3, 4), (9, 4)):  # where the dry run looks
         assert {size_index(k, prompts, sizes) for k in range(sizes**2)} == {*range(sizes)}
-    assert open_studio(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
+    assert open_sampler(run).images(STUDENT, PROMPTS, [0, 1], 4).shape == (2, 3, 24, 16)
 
 
 @pytest.mark.parametrize(
@@ -255,27 +264,20 @@ def test_fewer_bits_from_end_to_end(
 ) -> None:
     """Positions are float32, near those of a float32 network."""
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    training = {"positions": "stored", "iterations": 8, "gradient_checkpointing": False}
+    given = ({}, {"precision": precision, "base_precision": base})
     whole, fewer = (
-        Run.open(
-            tmp_path / name,
-            make_config(small_teachers["sdxl"], tmp_path, training=training, **settings),
-        )
-        for name, settings in (
-            ("whole", {}),
-            ("fewer", {"precision": precision, "base_precision": base}),
-        )
+        Run.open(tmp_path / name, make_config(small_teachers["sdxl"], tmp_path, **own))
+        for name, own in zip(("whole", "fewer"), given, strict=True)
     )
-    a, b = (make_trajectories(run)[3].coarse for run in (whole, fewer))
+    a, b = (make_trajectories(run)[3].absolute for run in (whole, fewer))
     assert b.dtype == torch.float32
     assert 0 < (a - b).norm() / a.norm() < error
     assert train_run(fewer)
-    studio = open_studio(fewer)
-    assert studio.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
-    assert studio._pictures.vae.dtype == vae
-    assert (
-        "cannot run with" not in caplog.text
-    )  # diffusers' word on float16, of a pipeline that leaves the GPU
+    sampler = open_sampler(fewer)
+    assert sampler.images(STUDENT, PROMPTS, [0, 1], 4).isfinite().all()
+    assert sampler._vae.vae.dtype == vae
+    # diffusers' word on float16, of a pipeline that leaves the GPU
+    assert "cannot run with" not in caplog.text
 
 
 def test_teacher_and_prompts_may_move_once_there_are_trajectories(
@@ -294,7 +296,7 @@ def test_teacher_and_prompts_may_move_once_there_are_trajectories(
     with pytest.raises(UserError, match="made with another teacher"):
         open_run(other, run.folder)
     with pytest.raises(UserError, match="made with another teacher"):
-        open_studio(Run(run.folder, other))
+        open_sampler(Run(run.folder, other))
     shutil.rmtree(run.trajectories)
     with pytest.raises(UserError, match=r"holds a run with other settings \(teacher: "):
         open_run(config, run.folder)
@@ -318,8 +320,8 @@ def test_one_network_at_a_time(
     monkeypatch.setattr(Teacher, "load", watched)
     gc.disable()
     try:
-        config = make_config(tiny_teacher, tmp_path, training={"iterations": 2, "warmup": 0})
-        run = open_run(config, tmp_path / "run")
+        own = {"training": {"iterations": 2, "warmup": 0}, "samples": {"count": 1}}
+        run = open_run(make_config(tiny_teacher, tmp_path, **own), tmp_path / "run")
         make_trajectories(run)
         train_run(run)
         export_run(run)
@@ -335,7 +337,7 @@ def test_too_little_memory_for_pictures_is_one_line(
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Studio, "latents", full)
+    monkeypatch.setattr(Sampler, "latents", full)
     with pytest.raises(UserError) as error:
         sample_run(finished)
     assert str(error.value) == (
@@ -366,13 +368,13 @@ def test_export_is_the_average_and_can_be_repeated(finished: Run) -> None:
     key = next(iter(first))
     module = key.removeprefix("unet.").removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
     half = "lora_A" if "lora_A" in key else "lora_B"
-    assert torch.equal(first[key], state[f"average.{module}.{half}.student.weight"])
+    assert torch.equal(first[key], state[f"student.average.{module}.{half}.student.weight"])
     assert not torch.equal(first[key], state[f"student.weights.{module}.{half}.student.weight"])
 
 
 def test_few_step_teacher_equals_the_pipeline(finished: Run, tiny_teacher: Path) -> None:
-    studio = open_studio(finished)
-    own = studio.latents(TEACHER, PROMPTS, [3, 4], num_steps=5)
+    sampler = open_sampler(finished)
+    own = sampler.latents(TEACHER, PROMPTS, [3, 4], num_steps=5)
     pipeline = DiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
     z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
     expected = pipeline(
@@ -382,19 +384,11 @@ def test_few_step_teacher_equals_the_pipeline(finished: Run, tiny_teacher: Path)
 
 
 def test_a_picture_does_not_depend_on_its_batch(finished: Run) -> None:
-    studio = open_studio(finished)
-    together = studio.images(STUDENT, PROMPTS * 3, range(6), 4, batch_size=6)
+    sampler = open_sampler(finished)
+    together = sampler.images(STUDENT, PROMPTS * 3, range(6), 4, batch_size=6)
     for k in (0, 5):
-        alone = studio.images(STUDENT, [(PROMPTS * 3)[k]], [k], 4)
+        alone = sampler.images(STUDENT, [(PROMPTS * 3)[k]], [k], 4)
         torch.testing.assert_close(together[k : k + 1], alone, rtol=0, atol=1e-4)
-
-
-def test_sheet_has_the_size_it_should(tmp_path: Path) -> None:
-    images = torch.zeros(3, 3, 64, 64)
-    sheet([("one", images), ("two", images[:2])], tmp_path / "sheet.png", min_side=128)
-    with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.size == (3 * 132 + 4, 2 * (128 + 4 + 22) + 4)
-        assert picture.getpixel((10, 60)) == (128, 128, 128)
 
 
 def test_sample_writes_three_rows(finished: Run, tmp_path: Path) -> None:
@@ -415,14 +409,41 @@ def test_a_run_is_looked_at_before_and_while_it_trains(finished: Run, tmp_path: 
         half_way.unlink(missing_ok=True)
 
 
+def test_a_run_of_midpoint_is_sampled_and_exported(midpoint: Run, finished: Run) -> None:
+    """From prompts alone; its student is its own, and drawn from the same noise."""
+    assert not list(midpoint.trajectories.glob("shard-*"))
+    with safe_open(exported(midpoint).diffusers, "pt") as file:
+        names = set(file.keys())
+    with safe_open(exported(finished).diffusers, "pt") as file:
+        assert names == set(file.keys())
+    _, state = midpoint.load_checkpoint()
+    assert {name.partition(".")[0] for name in state} == {"student"}
+    a, b = (open_sampler(run).latents(STUDENT, PROMPTS, [0, 1], 4) for run in (midpoint, finished))
+    assert (a - b).abs().max() > 1e-2
+    assert sample_run(midpoint, count=1, many_steps=2).name == "seed-0-steps-4.png"
+
+
+def test_the_whole_chain_in_one_call(tiny_teacher: Path, tmp_path: Path) -> None:
+    """The teacher may be named by the file of settings."""
+    config = make_config(tiny_teacher, tmp_path, "midpoint", training={"iterations": 2})
+    file = tmp_path / "mine.toml"
+    file.write_text(settings.dump(config), encoding="utf-8")
+    run = rapm.distill(out=tmp_path / "run", config=file, set=["student.rank=2"])
+    assert run is not None and run.checkpoint_steps() == [2]
+    assert run.config == changed(config, student={"rank": 2})
+    assert exported(run).kohya.is_file()
+    with pytest.raises(UserError, match="there is no method 'other'"):
+        rapm.distill(str(tiny_teacher), tmp_path / "run", method="other")
+
+
 def test_a_finished_run_is_skipped_stage_by_stage(finished: Run) -> None:
     files = [*finished.trajectories.iterdir(), *finished.checkpoints.iterdir()]
     before = {file: file.stat().st_mtime_ns for file in files}
-    assert distill_config(finished.config, finished.folder) is not None
+    assert distill_run(open_run(finished.config, finished.folder))
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
-def test_only_the_toy_world_is_scored(finished: Run) -> None:
+def test_only_the_toy_teacher_is_scored(finished: Run) -> None:
     with pytest.raises(UserError, match="only the toy teacher has an oracle"):
         evaluate_run(finished)
 
@@ -447,9 +468,7 @@ def test_a_refused_command_leaves_the_run_as_it_was(
     config = make_config(small_teachers["sd15"], tmp_path)
     run = open_run(config, tmp_path / "run")
     make_trajectories(run)
-    other = config.model_copy(
-        update={"trajectories": config.trajectories.model_copy(update={"count": 5})}
-    )
+    other = changed(config, trajectories={"count": 5})
     for manifest in (True, False):  # finished, and stopped half-way
         if not manifest:
             (run.trajectories / "manifest.json").unlink()
@@ -458,11 +477,54 @@ def test_a_refused_command_leaves_the_run_as_it_was(
         assert Run.existing(run.folder).config == config
 
 
+# ---- the card
+
+
+def card_of(run: Run) -> str:
+    return (run.export / "README.md").read_text(encoding="utf-8")
+
+
+def settings_in(card: str) -> Config:
+    """What a card says that the run's settings were."""
+    return settings.read_run(card.split("```toml\n")[1].split("```")[0], "card")
+
+
 def test_the_card_names_a_local_teacher_without_its_place(finished: Run) -> None:
-    card = (finished.export / "README.md").read_text(encoding="utf-8")
+    card = card_of(finished)
     assert f"from `{Path(finished.config.teacher).name}`" in card
     assert str(Path(finished.config.teacher).parent) not in card
     assert "base_model:" not in card
+
+
+def test_the_card_is_read_off_the_run(students: dict[str, Run], midpoint: Run) -> None:
+    """Its method, and the settings as it was run with; where files lay is left out."""
+    for run, method in (
+        *((run, "rapm") for run in students.values()),
+        (midpoint, "midpoint"),
+    ):
+        card, config = card_of(run), run.config
+        assert f"# A 4-step LoRA, trained by rapm's method `{method}`\n" in card
+        assert f"tags: [text-to-image, diffusers, lora, template:sd-lora, {method}]\n" in card
+        assert ("It is not RAPM" in card) == (method == "midpoint")
+        assert ("The method is RAPM" in card) == (method == "rapm")
+        assert "at guidance scale 2.0, which is baked\nin" in card
+        assert ("k.safetensors:0.7" in card) == bool(config.teacher_loras)
+        assert not re.search(r"[`\"' (]/\w|\b[A-Z]:\\", card)
+        shown = settings_in(card)
+        places = {"teacher": "sd", "teacher_loras": []}
+        moved = {"prompts": config.trajectories.prompts}
+        same = changed(shown, trajectories=moved).model_copy(update=places)
+        assert same == config.model_copy(update=places)
+        assert shown.trajectories.prompts == "prompts.txt"
+        assert shown.teacher == Path(config.teacher).name
+
+
+def test_the_card_keeps_names_that_are_no_places(finished: Run) -> None:
+    config = finished.config.model_copy(update={"teacher": "owner/name@main"})
+    config = changed(config, trajectories={"prompts": "hub:them/theirs@v2:train"})
+    card = model_card(Run(finished.folder, config), teacher_of(finished.config), "k", "usage")
+    assert "base_model: owner/name\n" in card
+    assert settings_in(card) == config
 
 
 def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rapm import config as configuration
-from rapm import files
-from rapm.config import load
+from rapm import io
 from rapm.errors import UserError
 from rapm.run import Run
+from rapm.settings import load, read_run
 
 BASE = [
     "training.keep_checkpoints=2",
@@ -34,6 +33,12 @@ def names(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
+def everything_in(folder):
+    """Every file's content and when it was written; the lock, which is empty, aside."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
 def refused(call, *arguments):
     with pytest.raises(UserError) as caught:
         call(*arguments)
@@ -47,7 +52,7 @@ def refused(call, *arguments):
 def test_open_creates_the_folder_with_its_settings(tmp_path):
     run = Run.open(tmp_path / "deep" / "run", KEEP_TWO)
     assert names(run.folder) == [".lock", "config.toml"]
-    assert configuration.read(run.folder / "config.toml") == KEEP_TWO
+    assert read_run((run.folder / "config.toml").read_text(), "run") == KEEP_TWO
     assert Run.existing(run.folder).config == KEEP_TWO
 
 
@@ -58,8 +63,10 @@ def test_the_same_settings_go_on_with_it(run):
 
 def test_a_checkpoint_says_what_it_was_made_with(run):
     run.save_checkpoint(1, weights(1))
-    metadata = files.load_metadata(run.checkpoints / "step-00000001.safetensors")
-    assert json.loads(metadata["made"])["versions"]["torch"] == torch.__version__
+    metadata = io.load_metadata(run.checkpoints / "step-00000001.safetensors")
+    made = json.loads(metadata["made"])
+    assert made["versions"]["torch"] == torch.__version__
+    assert read_run(made["config"], "made") == KEEP_TWO
 
 
 def test_other_settings_are_refused_with_both_values(run):
@@ -158,11 +165,68 @@ def test_existing_needs_a_run(tmp_path):
     assert refused(Run.existing, tmp_path) == f"{tmp_path} holds no run (no config.toml in it)"
 
 
-def test_damaged_settings_are_told(run):
-    (run.folder / "config.toml").write_text("teacher = ")
-    assert refused(Run.existing, run.folder).startswith(
-        f"{run.folder / 'config.toml'} is not a TOML file: "
+@pytest.mark.parametrize("content", [b"teacher = ", b"\xff\xfe\x00"], ids=["cut", "binary"])
+def test_damaged_settings_are_told(run, content):
+    (run.folder / "config.toml").write_bytes(content)
+    expected = f"{run.folder / 'config.toml'} is not a TOML file: "
+    assert refused(Run.existing, run.folder).startswith(expected)
+    assert refused(Run.open, run.folder, KEEP_TWO).startswith(expected)
+    assert (run.folder / "config.toml").read_bytes() == content
+
+
+# ---- another method, another version
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["checkpoint", "settings alone"])
+@pytest.mark.parametrize(("before", "now"), [("rapm", "midpoint"), ("midpoint", "rapm")])
+def test_another_method_is_refused_and_changes_nothing(tmp_path, before, now, trained):
+    """Even before there is a checkpoint, when all other settings may still change."""
+    run = Run.open(tmp_path / "run", load(method=before))
+    if trained:
+        run.save_checkpoint(1, weights(1))
+    kept = everything_in(run.folder)
+    line = f"{run.folder} holds a run of method '{before}', not '{now}'; choose another --out"
+    assert refused(Run.open, run.folder, load(method=now)) == line
+    assert refused(Run.check_method, run.folder, load(method=now)) == line
+    assert everything_in(run.folder) == kept
+    assert Run.open(run.folder, load(method=before)).config == load(method=before)
+
+
+OLDER = """teacher = "toy"
+
+[trajectories]
+count = 96
+delta = 1
+
+[critics]
+adversarial_weight = 0.4
+
+[training]
+positions = "stored"
+"""
+
+
+def test_a_run_of_an_older_version_is_refused_and_changes_nothing(run):
+    file = run.folder / "config.toml"
+    file.write_text(OLDER)
+    kept = everything_in(run.folder)
+    line = (
+        f"{file} names no method: the run was made by an older rapm, and this one cannot go on "
+        "with it; nothing in it was changed: choose another folder"
     )
+    assert refused(Run.existing, run.folder) == line
+    assert refused(Run.open, run.folder, KEEP_TWO) == line
+    assert everything_in(run.folder) == kept
+
+
+@pytest.mark.parametrize("made", [{"made": json.dumps({"config": OLDER})}, {}])
+def test_a_checkpoint_of_an_older_version_is_refused(run, made):
+    file = run.checkpoints / "step-00000001.safetensors"
+    io.save_tensors(file, weights(1), made)
+    kept = everything_in(run.folder)
+    for line in (refused(run.load_checkpoint), refused(Run.open, run.folder, KEEP_TWO)):
+        assert line.startswith(f"{file} names no method: the run was made by an older rapm")
+    assert everything_in(run.folder) == kept
 
 
 # ---- checkpoints
@@ -206,7 +270,7 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", disk_full)
+        patch.setattr(io, "save_file", disk_full)
         assert refused(run.save_checkpoint, 30, weights(30)) == (
             "checkpoint 30 could not be written ([Errno 28] No space left on device); "
             "earlier checkpoints are whole: make room and run again"

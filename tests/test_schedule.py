@@ -81,9 +81,9 @@ def test_grid_by_value():
     grid = Grid(slots=4, fine_steps=25, delta=1)
     assert grid.fine == [*range(999, 0, -10), -1]
     assert [grid.coarse(n) for n in range(5)] == [-1, 249, 499, 749, 999]
-    assert [grid.nudged(n) for n in range(4)] == [239, 489, 739, 989]
-    assert [Grid(4, 25, delta=10).nudged(n) for n in range(4)] == [149, 399, 649, 899]
-    assert [Grid(4, 25, delta=25).nudged(n) for n in range(4)] == [-1, 249, 499, 749]
+    assert [grid.intermediate(n) for n in range(4)] == [239, 489, 739, 989]
+    assert [Grid(4, 25, delta=10).intermediate(n) for n in range(4)] == [149, 399, 649, 899]
+    assert [Grid(4, 25, delta=25).intermediate(n) for n in range(4)] == [-1, 249, 499, 749]
 
 
 @pytest.mark.parametrize("slots", range(1, 9))
@@ -178,17 +178,18 @@ def test_a_position_splits_into_what_it_was_made_of(prediction_type, t):
     torch.testing.assert_close(split_eps, eps, atol=1e-5, rtol=0)
 
 
-# ---- renoising
+# ---- adding noise
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
 @pytest.mark.parametrize(("t", "s"), [(END, 0), (END, 249), (249, 250), (249, 499), (749, 999)])
-def test_renoising_follows_the_forward_process(t, s, set_alpha_to_one):
-    """renoise is linear in position and noise; z_t = alpha_t x0 + sigma_t eps must become alpha_s
+def test_adding_noise_follows_the_forward_process(t, s, set_alpha_to_one):
+    """It is linear in position and noise; z_t = alpha_t x0 + sigma_t eps must become alpha_s
     x0 + sigma_s eps'."""
     schedule = schedule_of(scheduler(set_alpha_to_one=set_alpha_to_one))
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    kept, added = schedule.renoise(one, t, s, zero).item(), schedule.renoise(zero, t, s, one).item()
+    kept = schedule.add_noise(one, t, s, zero).item()
+    added = schedule.add_noise(zero, t, s, one).item()
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t + 1].item(), schedule.alpha_bar[s + 1].item()
     assert kept * alpha_bar_t**0.5 == pytest.approx(alpha_bar_s**0.5, rel=1e-6)  # mean
     assert kept**2 * (1 - alpha_bar_t) + added**2 == pytest.approx(
@@ -197,18 +198,18 @@ def test_renoising_follows_the_forward_process(t, s, set_alpha_to_one):
 
 
 @pytest.mark.parametrize("t", [END, 0, 249, 999])
-def test_renoising_to_the_same_timestep_changes_nothing(t):
+def test_adding_noise_to_the_same_timestep_changes_nothing(t):
     schedule = schedule_of(scheduler())
     z = noise(2, 4, 8, 8)
-    assert torch.equal(schedule.renoise(z, t, t, noise(2, 4, 8, 8, seed=1)), z)
+    assert torch.equal(schedule.add_noise(z, t, t, noise(2, 4, 8, 8, seed=1)), z)
 
 
-def test_renoising_takes_each_row_to_its_own_timestep():
+def test_adding_noise_takes_each_row_to_its_own_timestep():
     schedule = schedule_of(scheduler())
     z, eps = noise(2, 4, 2, 2), noise(2, 4, 2, 2, seed=1)
-    together = schedule.renoise(z, torch.tensor([END, 499]), torch.tensor([100, 700]), eps)
-    assert torch.equal(together[:1], schedule.renoise(z[:1], END, 100, eps[:1]))
-    assert torch.equal(together[1:], schedule.renoise(z[1:], 499, 700, eps[1:]))
+    together = schedule.add_noise(z, torch.tensor([END, 499]), torch.tensor([100, 700]), eps)
+    assert torch.equal(together[:1], schedule.add_noise(z[:1], END, 100, eps[:1]))
+    assert torch.equal(together[1:], schedule.add_noise(z[1:], 499, 700, eps[1:]))
 
 
 # ---- convergence

@@ -1,31 +1,38 @@
-"""The embedded world: scenes, oracle, teacher, protocol."""
+"""The toy data set: scenes, oracle, teacher, protocol, and the tools that made them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
 
+import build
 import numpy as np
 import pytest
+import score
 import torch
+from build import blur, to_tensor
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from fit import Stage, fit
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rapm import config as configuration
+from rapm import network
+from rapm.config import MethodName
 from rapm.errors import UserError
-from rapm.evaluate import toy as toy_protocol as protocol
+from rapm.evaluate import toy as protocol
 from rapm.evaluate.metrics import frechet_distance
 from rapm.network import STUDENT
-from rapm.network import TEACHER as TEACHER_ROLE
+from rapm.pipeline import evaluate_run
 from rapm.run import Run
-from rapm.sample import open_studio
+from rapm.sample import open_sampler
+from rapm.settings import load
 from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE, TEACHER
-from rapm.toy.build import blur, to_tensor
-from rapm.toy.fit import Stage, fit
 from rapm.toy.oracle import FEATURES, Oracle
 from rapm.toy.scenes import (
     COLOURS,
@@ -191,7 +198,7 @@ def test_every_word_of_the_world_is_one_token() -> None:
         assert len(tokenizer.tokenize(text)) == len(text.replace(",", " ,").split())
 
 
-def test_the_teachers_figures_clear_their_bars() -> None:
+def test_the_teachers_figures_reach_their_thresholds() -> None:
     """The shipped reference: accuracy over 1,000 held-out captions, and how much worse few steps
     are."""
     reference = protocol.load_reference("test")
@@ -199,11 +206,9 @@ def test_the_teachers_figures_clear_their_bars() -> None:
     assert len(teacher.first) == len(teacher.second) == 1000
     floor = frechet_distance(teacher.first, teacher.second)
     figures = json.loads((ASSETS / "figures-test.json").read_text())
-    assert (
-        figures["guidance_scale"]
-        == GUIDANCE_SCALE
-        == configuration.load(teacher="toy").trajectories.guidance_scale
-    )
+    assert figures["guidance_scale"] == GUIDANCE_SCALE
+    for method in get_args(MethodName):
+        assert load(method=method).trajectories.guidance_scale == GUIDANCE_SCALE
     assert figures["fid_floor"] == pytest.approx(floor, rel=1e-3)
     assert figures["caption_accuracy"] == pytest.approx(float(teacher.right.mean()), abs=1e-4)
     assert figures["caption_accuracy"] >= 0.8
@@ -217,26 +222,40 @@ def test_the_teachers_figures_clear_their_bars() -> None:
 # ---- protocol
 
 
-def test_missed_bars_are_named() -> None:
-    def row(
-        model: str,
-        steps: int,
-        fid: float,
-        accuracy: float,
-        diversity: float = 1.0,
-        sharpness: float = 1.0,
-    ) -> protocol.Row:
-        return protocol.Row(model, steps, 1.0, fid, accuracy, diversity, sharpness, 0.1, 1000)
+def row(
+    model: str,
+    steps: int,
+    fid: float,
+    accuracy: float,
+    diversity: float = 1.0,
+    sharpness: float = 1.0,
+) -> protocol.Row:
+    return protocol.Row(model, steps, 1.0, fid, accuracy, diversity, sharpness, 0.1, 1000)
 
-    teacher = [row("teacher", 100, 0.4, 0.8), row("teacher", 4, 10.0, 0.6)]
-    assert protocol.missed_bars([*teacher, row("student", 4, 3.0, 0.721, 0.9, 0.9)]) == []
-    missed = protocol.missed_bars([*teacher, row("student", 4, 3.1, 0.71, 0.89, 0.89)])
-    assert missed == [
-        "FID to the teacher is 3.100, the bar is <= 3.000",
-        "caption accuracy is 0.710, the bar is >= 0.720",
-        "diversity is 0.890, the bar is >= 0.900",
-        "sharpness is 0.890, the bar is >= 0.900",
+
+TEACHER_ROWS = [row("teacher", 100, 0.4, 0.8), row("teacher", 4, 10.0, 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("method", "fid", "accuracy"), [("rapm", 0.35, 0.66), ("midpoint", 0.30, 0.74)]
+)
+def test_missed_thresholds_are_named(method: str, fid: float, accuracy: float) -> None:
+    reached = row("student", 4, fid, accuracy, 0.9, 0.9)
+    assert protocol.missed_thresholds([*TEACHER_ROWS, reached], method) == []
+    short = row("student", 4, fid + 0.01, accuracy - 0.01, 0.89, 0.88)
+    assert protocol.missed_thresholds([*TEACHER_ROWS, short], method) == [
+        f"caption accuracy is {accuracy - 0.01:.3f}, the threshold is >= {accuracy:.3f}",
+        "diversity is 0.890, the threshold is >= 0.900",
+        "sharpness is 0.880, the threshold is >= 0.900",
+        f"FID is {fid + 0.01:.3f}, the threshold is <= {fid:.3f}",
     ]
+
+
+def test_every_method_has_thresholds_and_what_is_no_number_misses_them() -> None:
+    assert protocol.THRESHOLDS.keys() == set(get_args(MethodName))
+    nothing = row("student", 4, *[float("nan")] * 4)
+    for method in protocol.THRESHOLDS:
+        assert len(protocol.missed_thresholds([*TEACHER_ROWS, nothing], method)) == 4
 
 
 def test_a_run_is_scored_against_the_shipped_reference(
@@ -244,51 +263,66 @@ def test_a_run_is_scored_against_the_shipped_reference(
 ) -> None:
     """The whole protocol at small numbers: a student that is the teacher without guidance, then
     references that are not its."""
-    for name, value in {
-        "ASSETS": tmp_path,
-        "CAPTIONS": 50,
-        "PAIRS": 50,
-        "TIMED": 4,
-        "MANY_STEPS": 3,
-        "FEW_STEPS": 1,
-    }.items():
+    numbers = {"CAPTIONS": 24, "PAIRS": 24, "TIMED": 4, "MANY_STEPS": 3, "FEW_STEPS": 1}
+    for name, value in ({"ASSETS": tmp_path} | numbers).items():
         monkeypatch.setattr(protocol, name, value)
-    studio = open_studio(Run(tmp_path, configuration.load(teacher="toy")), student=False)
-    studio.backbone.add_role(STUDENT, 1, ("to_q",), 0)
+    config = load(method="midpoint", settings=["trajectories.slots=2", "midpoint.weight=1"])
+    run = Run(tmp_path, config)
+    sampler = open_sampler(run, student=False)
+    sampler.backbone.add_adapter(STUDENT, 1, ("to_q",), 0)
+    monkeypatch.setattr("rapm.pipeline.open_sampler", lambda run: sampler)
     oracle = Oracle.load(ORACLE)
     with pytest.raises(UserError, match="make it with"):
-        protocol.score(studio, "test", 2)
+        evaluate_run(run)
 
-    many, few = (protocol.measure(studio, oracle, TEACHER_ROLE, steps, "test") for steps in (3, 1))
+    many, few = (
+        protocol.measure(sampler, oracle, network.TEACHER, steps, "test") for steps in (3, 1)
+    )
     protocol.save_reference("test", many, few)
-    full, short, student = protocol.score(studio, "test", 2)
-    alone = protocol.measure(studio, oracle, STUDENT, 2, "test")
+    table, missed = evaluate_run(run)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    full, short, student = rows = [protocol.Row(**row) for row in scores["rows"]]
+    assert (scores["method"], scores["split"]) == ("midpoint", "test")
+    assert table == protocol.render(rows)
+    assert missed == protocol.missed_thresholds(rows, "midpoint")
+    assert missed[-1].endswith("the threshold is <= 0.300")
+    alone = protocol.measure(sampler, oracle, STUDENT, 2, "test")
     shipped = protocol.load_reference("test")[3]
-    assert [(row.steps, row.guidance_scale) for row in (full, short, student)] == [
-        (3, 7.5),
-        (1, 7.5),
-        (2, 1.0),
+    assert [(row.model, row.steps, row.guidance_scale) for row in rows] == [
+        ("teacher", 3, 7.5),
+        ("teacher", 1, 7.5),
+        ("student", 2, 1.0),
     ]
     assert full.diversity == full.sharpness == 1
-    for row, measured in ((full, many), (short, few), (student, alone)):
+    for scored, measured in ((full, many), (short, few), (student, alone)):
         # float16 features are near enough for everything that is compared
-        assert row.fid_to_teacher == pytest.approx(
-            frechet_distance(measured.first, shipped.second), rel=0.02
-        )
-        assert row.caption_accuracy == pytest.approx(float(measured.right.mean()))
-        assert row.sharpness == pytest.approx(
-            float(measured.sharp.mean() / shipped.sharp.mean()), rel=0.01
-        )
+        fid = frechet_distance(measured.first, shipped.second)
+        assert scored.images == 24
+        assert scored.fid_to_teacher == pytest.approx(fid, rel=0.02)
+        assert scored.caption_accuracy == pytest.approx(float(measured.right.mean()))
+        sharp = float(measured.sharp.mean() / shipped.sharp.mean())
+        assert scored.sharpness == pytest.approx(sharp, rel=0.01)
 
     protocol.save_reference("test", replace(many, first=many.first + 0.2), few)
     with pytest.raises(UserError, match="another teacher or oracle"):
-        protocol.score(studio, "test", 2)
+        protocol.score(sampler, "test", 2)
     with pytest.raises(UserError, match="has guidance scale 3;"):
-        studio.guidance_scale = 3.0
-        protocol.score(studio, "test", 2)
+        sampler.guidance_scale = 3.0
+        protocol.score(sampler, "test", 2)
 
 
-# ---- trainer
+# ---- tools
+
+
+@pytest.mark.parametrize("tool", [build, score])
+def test_the_tools_say_how_they_are_run(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        tool.main()
+    assert not caught.value.code
+    assert f"python tools/toy/{tool.__name__}.py" in capsys.readouterr().out
 
 
 def test_a_build_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:

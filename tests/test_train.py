@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
-import math
 import os
 import shutil
 import signal
@@ -16,26 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import changed
 
 import rapm.train as training
-from rapm import config as configuration
+from rapm import settings
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
+from rapm.methods import METHODS, Method
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import load_backbone
 from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
-from rapm.train import _stop_on_interrupt, draw_batch, make_players, rate_factor, rehearse
-from rapm.turns import critics_alone, critics_play
-
-
-def changed(config: Config, **sections: dict[str, Any]) -> Config:
-    return config.model_copy(
-        update={
-            name: getattr(config, name).model_copy(update=values)
-            for name, values in sections.items()
-        }
-    )
+from rapm.train import _stop_on_interrupt, draw_batch, dry_run, rate_factor
+from rapm.trajectories import TrajectoryStore
 
 
 def trained(config: Config, folder: Path) -> Run:
@@ -46,22 +37,17 @@ def trained(config: Config, folder: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "ahead"),
-    [("sd15", "stored", 1), ("sd21", "stored", 1), ("sdxl", "followed", 2), ("sd15", "relayed", 1)],
+    ("kind", "method"), [("sd15", "rapm"), ("sd21", "rapm"), ("sdxl", "rapm"), ("sd15", "midpoint")]
 )
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     tiny_config: Config,
+    tiny_midpoint: Config,
     small_teachers: dict[str, Path],
     tmp_path: Path,
     kind: str,
-    source: str,
-    ahead: int,
+    method: str,
 ) -> None:
-    relative = 0.0 if source == "relayed" else 1.0
-    config = changed(
-        tiny_config,
-        training={"positions": source, "walk_ahead": ahead, "relative_weight": relative},
-    )
+    config = {"rapm": tiny_config, "midpoint": tiny_midpoint}[method]
     config = config.model_copy(update={"teacher": str(small_teachers[kind])})
     whole = trained(config, tmp_path / "whole")
     assert whole.checkpoint_steps() == [4, 8, 10]
@@ -94,62 +80,59 @@ def test_it_saves_in_time_however_slow_iterations_are(
     assert trained(config, tmp_path / "run").checkpoint_steps() == [1, 2, 3]
 
 
-def test_no_checkpoint_among_iterations_that_walk_side_by_side(
-    tiny_config: Config, tmp_path: Path
-) -> None:
-    """Due after 4 and 8 of 10 iterations, between blocks of 3, and after the last; and a stop waits
-    for its block."""
-    config = changed(tiny_config, training={"walk_ahead": 3, "keep_checkpoints": 9})
-    assert trained(config, tmp_path / "run").checkpoint_steps() == [6, 9, 10]
-    asked = iter([False] * 3 + [True] * 7)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            training, "_stop_on_interrupt", lambda: contextlib.nullcontext(lambda: next(asked))
-        )
-        run = Run.open(tmp_path / "stopped", config)
-        make_trajectories(run)
-        assert not train_run(run)
-    assert run.checkpoint_steps() == [6]
-
-
 def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:
     records = trained(tiny_config, tmp_path / "run").read_metrics()
     assert [record["iteration"] for record in records] == list(range(10))
+    always = {"iteration", "rate", "seconds"}
     for record in records:
-        kind = "critic" if record["iteration"] % 2 == 0 else "adversarial"
-        assert {f"relative_{kind}", f"absolute_{kind}"} <= record.keys()
-    assert records[0]["relative_critic"] == pytest.approx(
-        math.log(2), abs=0.15
-    )  # a fresh critic stands near chance
+        if record["iteration"] % 2 == 0:
+            parts = ("discriminator", "margin", "discriminator_gradient")
+        else:
+            parts = ("distance", "adversarial")
+        expected = {f"{term}_{part}" for term in ("relative", "absolute") for part in parts}
+        if record["iteration"] % 2:
+            expected.add("student_gradient")
+        assert record.keys() == always | expected
 
 
-def test_no_adversary_is_a_weight_and_every_turn_is_the_students(
+def test_what_midpoint_logs(tiny_midpoint: Config, tmp_path: Path) -> None:
+    for record in trained(tiny_midpoint, tmp_path / "run").read_metrics():
+        assert record.keys() == {"iteration", "rate", "seconds", "distance", "student_gradient"}
+
+
+def test_without_an_adversary_every_iteration_is_the_students(
     tiny_config: Config, tmp_path: Path
 ) -> None:
-    config = changed(tiny_config, critics={"adversarial_weight": 0.0})
-    run = trained(config, tmp_path / "run")
-    assert all(
-        "gradient" in record and "relative_critic" not in record for record in run.read_metrics()
-    )
+    none = changed(tiny_config, discriminators={"adversarial_weight": 0.0})
+    run = trained(none, tmp_path / "run")
+    for record in run.read_metrics():
+        assert "student_gradient" in record
+        assert not any("margin" in name for name in record)
     _, state = run.load_checkpoint()
-    assert not any("critic" in name for name in state)
+    assert not any("discriminator" in name for name in state)
 
 
-@pytest.mark.parametrize(("kept", "gone"), [("relative", "absolute"), ("absolute", "relative")])
-def test_one_loss_alone_is_a_weight(
-    tiny_config: Config, tmp_path: Path, kept: str, gone: str
+@pytest.mark.parametrize(
+    ("kept", "gone", "settings"),
+    [
+        ("relative", "absolute", {"absolute_weight": 0.0}),
+        ("absolute", "relative", {"relative": False}),
+    ],
+)
+def test_one_loss_alone(
+    tiny_config: Config, tmp_path: Path, kept: str, gone: str, settings: dict[str, Any]
 ) -> None:
-    run = trained(changed(tiny_config, training={f"{gone}_weight": 0.0}), tmp_path / "run")
+    run = trained(changed(tiny_config, rapm=settings), tmp_path / "run")
     names = {name for record in run.read_metrics() for name in record}
-    assert f"{kept}_distance" in names
-    assert f"{kept}_critic" in names
+    assert {f"{kept}_distance", f"{kept}_margin"} <= names
     assert not any(name.startswith(gone) for name in names)
 
 
 def test_another_seed_is_another_run(tiny_config: Config, tmp_path: Path) -> None:
     a = trained(tiny_config, tmp_path / "a").read_metrics()
     b = trained(changed(tiny_config, training={"seed": 1}), tmp_path / "b").read_metrics()
-    assert a[1]["absolute_distance"] != b[1]["absolute_distance"]
+    for k in (1, 3, 5):
+        assert a[k]["absolute_adversarial"] != b[k]["absolute_adversarial"]
 
 
 def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
@@ -158,7 +141,7 @@ def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
     config = changed(
         tiny_config,
         trajectories={"count": 1},
-        critics={"adversarial_weight": 0.0},
+        discriminators={"adversarial_weight": 0.0},
         training={"iterations": 60, "checkpoint_every": 60},
         student={"learning_rate": 3e-3, "rank": 8},
     )
@@ -175,17 +158,14 @@ def test_too_little_memory_is_one_line_and_loses_nothing(
     run = trained(tiny_config, tmp_path / "run")
     for file in run.checkpoints.iterdir():
         file.unlink()
-    config = changed(
-        tiny_config, student={"rank": 10**12}, training={"slot_batch": 3, "walk_ahead": 2}
-    )
+    config = changed(tiny_config, student={"rank": 10**12}, training={"slot_batch": 3})
     huge = Run.open(run.folder, config)
     with pytest.raises(UserError) as error:
         train_run(huge)
     assert str(error.value) == (
         "memory does not suffice for training; what is finished is kept. In order of effect: "
         "training.gradient_checkpointing=true, training.slot_batch=1 (the run goes on); "
-        "precision=bfloat16, "
-        "training.walk_ahead=1, base_precision=int8, base_precision=nf4, "
+        "precision=bfloat16, base_precision=int8, base_precision=nf4, "
         "training.optimizer=adamw8bit, "
         "student.rank=500000000000, a smaller trajectories.size (another --out); each by --set of "
         "'rapm distill'"
@@ -193,29 +173,25 @@ def test_too_little_memory_is_one_line_and_loses_nothing(
     assert train_run(Run.open(run.folder, tiny_config))
 
 
-def test_rehearsal_meets_what_comes_later_and_changes_nothing(
+def make_method(config: Config, folder: Path) -> tuple[Method, TrajectoryStore]:
+    store, teacher = make_trajectories(Run.open(folder, config)), teacher_of(config)
+    backbone = load_backbone(teacher, config, "cpu")
+    return METHODS[config.method](config, backbone, teacher.schedule, store), store
+
+
+def test_a_dry_run_meets_every_kind_of_iteration_and_changes_nothing(
     tiny_config: Config, tmp_path: Path
 ) -> None:
-    """Critics come in at iteration 8 of 10; what they would need is asked for at iteration 0."""
-    config = changed(tiny_config, critics={"start": 0.8, "head_start": 0.0})
-    run = Run.open(tmp_path / "run", config)
-    store, teacher = make_trajectories(run), teacher_of(config)
-    players = make_players(config, load_backbone(teacher, config, "cpu"), store, teacher.schedule)
-    before = {name: p.clone() for name, p in players.backbone.network.named_parameters()}
+    method, store = make_method(tiny_config, tmp_path / "run")
+    network = method.backbone.network
+    before = {name: p.clone() for name, p in network.named_parameters()}
     asked: list[str | None] = []
-    hook = players.backbone.network.register_forward_pre_hook(
-        lambda *_: asked.append(players.backbone.playing)
-    )
-    rehearse(players, store)
+    hook = network.register_forward_pre_hook(lambda *_: asked.append(method.backbone.active))
+    dry_run(method, store)
     hook.remove()
-    assert {"student", "relative_critic", "absolute_critic"} == set(asked)
-    assert all(
-        torch.equal(p, before[name]) and p.grad is None
-        for name, p in players.backbone.network.named_parameters()
-    )
-    assert all(
-        not learner.optimizer.state for learner in (players.student, *players.critics.values())
-    )
+    assert set(asked) == {*method.learners}
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in network.named_parameters())
+    assert all(not learner.optimizer.state for learner in method.learners.values())
 
 
 def test_compiled_blocks_are_what_trains_and_wrong_ones_never_do(
@@ -258,14 +234,11 @@ def test_compiled_blocks_are_what_trains_and_wrong_ones_never_do(
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_a_weight"), [("adamw", 8), ("adamw8bit", 2)])
-def test_rehearsal_holds_what_optimisers_will_take(
+def test_a_dry_run_holds_what_optimisers_will_take(
     tiny_config: Config, tmp_path: Path, optimizer: str, bytes_a_weight: int
 ) -> None:
     config = changed(tiny_config, training={"optimizer": optimizer})
-    store, teacher = make_trajectories(Run.open(tmp_path / "run", config)), teacher_of(config)
-    learner = make_players(
-        config, load_backbone(teacher, config, "cpu"), store, teacher.schedule
-    ).student
+    learner = make_method(config, tmp_path / "run")[0].student
     held = sum(room.numel() * room.element_size() for room in learner.room_for_state())
     assert held == bytes_a_weight * sum(p.numel() for p in learner.parameters.values())
     for parameter in learner.parameters.values():
@@ -304,24 +277,22 @@ def test_eight_bit_optimizer_resumes_bit_for_bit(tiny_config: Config, tmp_path: 
     assert filecmp.cmp(run.checkpoints / name, whole.checkpoints / name, shallow=False)
 
 
-@pytest.mark.parametrize("role", ["student", "relative_critic"])
+@pytest.mark.parametrize("thrown", ["student", "discriminators"])
 def test_non_finite_stops_before_the_update_and_keeps_what_was_saved(
-    tiny_config: Config, tmp_path: Path, role: str
+    tiny_config: Config, tmp_path: Path, thrown: str
 ) -> None:
-    """Whoever is thrown far away by an absurd rate says so; the critic while it is alone."""
-    rates = {
-        name: {"learning_rate": 1e30} for name in ("student" if role == "student" else "critics",)
-    }
+    """An absurd rate throws a learner far away, and whoever meets it first says so."""
+    alone = {"adversarial_weight": 0.0} if thrown == "student" else {"learning_rate": 1e30}
     config = changed(
-        tiny_config, training={"iterations": 40, "checkpoint_every": 1, "warmup": 0}, **rates
+        tiny_config,
+        training={"iterations": 40, "checkpoint_every": 1, "warmup": 0},
+        student={"learning_rate": 1e30 if thrown == "student" else 1e-3},
+        discriminators=alone,
     )
-    config = changed(config, critics={"start": 0.0, "head_start": 0.5})
     run = Run.open(tmp_path / "run", config)
     make_trajectories(run)
-    with pytest.raises(
-        NonFinite,
-        match=rf"the {role}'s loss .* is not finite at iteration \d+; nothing was updated",
-    ) as error:
+    said = r"(student|discriminator)'s gradient is not finite at iteration \d+; nothing was updated"
+    with pytest.raises(NonFinite, match=said) as error:
         train_run(run)
     assert "\n" not in str(error.value)
     step, state = run.load_checkpoint()
@@ -345,34 +316,33 @@ def test_another_teachers_trajectories_are_refused(
 
 
 def test_each_epoch_visits_every_trajectory_once(tiny_config: Config, tmp_path: Path) -> None:
-    store = make_trajectories(Run.open(tmp_path / "run", tiny_config))
-    first = [draw_batch(store, 1, 3, k, torch.device("cpu")).coarse for k in range(12)]
+    store, cpu = make_trajectories(Run.open(tmp_path / "run", tiny_config)), torch.device("cpu")
+    config = changed(tiny_config, training={"seed": 3})
+    first = [draw_batch(store, config, k, cpu).absolute for k in range(12)]
     for epoch in (first[:6], first[6:]):
         for k in range(6):
-            assert sum(torch.equal(row[0], store[k].coarse) for row in epoch) == 1
-    pairs = [draw_batch(store, 2, 3, k, torch.device("cpu")).coarse for k in range(6)]
-    assert torch.equal(torch.cat(pairs), torch.cat(first))
+            assert sum(torch.equal(row[0], store[k].absolute) for row in epoch) == 1
+    pairs = changed(config, training={"batch_size": 2})
+    found = [draw_batch(store, pairs, k, cpu).absolute for k in range(6)]
+    assert torch.equal(torch.cat(found), torch.cat(first))
 
 
-def test_rates_and_turns() -> None:
+def test_rates() -> None:
     config = Config.model_validate({"training": {"iterations": 100, "warmup": 10, "decay": 0.5}})
     factors = [rate_factor(config, k) for k in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:51] == [1.0] * 42
     assert factors[75] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.02)
-    late = changed(config, critics={"adversarial_weight": 0.4, "start": 0.305, "head_start": 0.05})
-    assert [k for k in range(100) if critics_play(late, k)] == list(range(31, 100))
-    assert [k for k in range(100) if critics_alone(late, k)] == list(range(31, 36))
-    none = changed(config, critics={"start": 0.3, "head_start": 0.05, "adversarial_weight": 0.0})
-    assert not any(critics_play(none, k) or critics_alone(none, k) for k in range(100))
+    constant = changed(config, training={"decay": 0.0})
+    assert [rate_factor(constant, k) for k in (9, 50, 99)] == [1.0] * 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_config: Config, tmp_path: Path) -> None:
     config = changed(tiny_config, training={"iterations": 400, "checkpoint_every": 1000})
     file, out = tmp_path / "config.toml", tmp_path / "run"
-    file.write_text(configuration.dump(config), encoding="utf-8")
+    file.write_text(settings.dump(config), encoding="utf-8")
     command = [
         sys.executable,
         "-c",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import changed
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -20,12 +21,14 @@ from rapm.config import Config
 from rapm.errors import UserError
 from rapm.models.resolve import resolve_teacher
 from rapm.network import TEACHER, Backbone
-from rapm.pipeline import make_trajectories
+from rapm.pipeline import make_trajectories, open_run
 from rapm.prompts import Prompt
+from rapm.rollout import rollout
 from rapm.run import Run
-from rapm.sample import open_studio
+from rapm.sample import open_sampler
+from rapm.sampling import guided, noise
 from rapm.schedule import Grid
-from rapm.trajectories import TrajectoryStore, guided, noise, noise_of, rollout
+from rapm.trajectories import TrajectoryStore, noise_of
 
 PROMPT = "a red star and a blue ring on grass"
 
@@ -53,54 +56,53 @@ def test_rollout_ends_where_the_pipeline_ends(
     denoiser = guided(
         backbone, teacher.family.unconditional(pipeline, negative_prompt), guidance_scale
     )
-    with backbone.role(TEACHER):
-        coarse, nudged = rollout(
-            denoiser, teacher.schedule, Grid(slots, fine_steps), z, conditioning
-        )
-    assert coarse.shape == (2, slots + 1, 4, 8, 8)
-    assert nudged.shape == (2, slots, 4, 8, 8)
-    assert torch.equal(coarse[:, slots], z)
-    assert (coarse[:, 0] - expected).abs().max() < 1e-4
+    grid = Grid(slots, fine_steps)
+    with backbone.adapter(TEACHER):
+        absolute, intermediate = rollout(denoiser, teacher.schedule, grid, z, conditioning)
+    assert absolute.shape == (2, slots + 1, 4, 8, 8)
+    assert intermediate.shape == (2, slots, 4, 8, 8)
+    assert torch.equal(absolute[:, slots], z)
+    assert (absolute[:, 0] - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("delta", [1, 3])
-def test_positions_are_those_of_the_fine_trajectory(ddim_schedule, delta: int) -> None:
-    """Every coarse and nudged position against a plain loop that keeps all fine positions."""
+@pytest.mark.parametrize("delta", [1, 3, 4])
+def test_positions_are_those_of_a_plain_loop(ddim_schedule, delta: int) -> None:
+    """Absolute positions lie on the fine trajectory. An intermediate one is a single step of length
+    delta by the prediction at the head of its slot, and costs no pass."""
     grid, z = Grid(3, 4, delta), torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    calls = []
 
     def denoiser(z, t, conditioning):
+        calls.append(t.tolist())
         return torch.sin(z) + t[:, None, None, None] / 1000
 
-    coarse, nudged = rollout(denoiser, ddim_schedule, grid, z, {})
+    absolute, intermediate = rollout(denoiser, ddim_schedule, grid, z, {})
+    assert calls == [[t] for t in grid.fine[:-1]]
     fine = [z]
     for t, s in pairwise(grid.fine):
         fine.append(ddim_schedule.step(fine[-1], denoiser(fine[-1], torch.tensor([t]), {}), t, s))
     for n in range(grid.slots + 1):
-        assert torch.equal(coarse[:, n], fine[(grid.slots - n) * 4])
+        assert torch.equal(absolute[:, n], fine[(grid.slots - n) * 4])
     for n in range(grid.slots):
-        assert torch.equal(nudged[:, n], fine[(grid.slots - n - 1) * 4 + delta])
-    for k in range(grid.slots):
-        first_coarse, first_nudged = rollout(denoiser, ddim_schedule, grid, z, {}, slots=k)
-        assert torch.equal(first_coarse, coarse[:, -k - 1 :]) and torch.equal(
-            first_nudged, nudged[:, grid.slots - k :]
-        )
-
-
-def with_batch(config: Config, size: int) -> Config:
-    return config.model_copy(
-        update={"trajectories": config.trajectories.model_copy(update={"batch_size": size})}
-    )
+        start, t, s = fine[(grid.slots - n - 1) * 4], grid.coarse(n + 1), grid.intermediate(n)
+        prediction = denoiser(start, torch.tensor([t]), {})
+        assert torch.equal(intermediate[:, n], ddim_schedule.step(start, prediction, t, s))
+        on_the_way = torch.equal(intermediate[:, n], fine[(grid.slots - n - 1) * 4 + delta])
+        assert on_the_way == (delta == 1)
 
 
 def test_a_trajectory_is_the_same_whatever_the_batch(tiny_config: Config, tmp_path: Path) -> None:
     """Kernels may pick another order of summation for another batch: within 1e-4, as far as from
     diffusers' own."""
-    alone = make_trajectories(Run.open(tmp_path / "a", with_batch(tiny_config, 1)))
-    together = make_trajectories(Run.open(tmp_path / "b", with_batch(tiny_config, 4)))
+    configs = [changed(tiny_config, trajectories={"batch_size": size}) for size in (1, 4)]
+    alone, together = (
+        make_trajectories(Run.open(tmp_path / str(k), config)) for k, config in enumerate(configs)
+    )
     for k in range(len(alone)):
-        assert torch.equal(alone[k].coarse[-1], together[k].coarse[-1])
-        torch.testing.assert_close(alone[k].coarse, together[k].coarse, rtol=0, atol=1e-4)
-        torch.testing.assert_close(alone[k].nudged, together[k].nudged, rtol=0, atol=1e-4)
+        a, b = alone[k], together[k]
+        assert torch.equal(a.absolute[-1], b.absolute[-1])
+        torch.testing.assert_close(a.absolute, b.absolute, rtol=0, atol=1e-4)
+        torch.testing.assert_close(a.intermediate, b.intermediate, rtol=0, atol=1e-4)
 
 
 def test_a_store_gives_back_what_was_rolled_out(tiny_config: Config, tmp_path: Path) -> None:
@@ -109,10 +111,12 @@ def test_a_store_gives_back_what_was_rolled_out(tiny_config: Config, tmp_path: P
     assert len(store) == 6
     prompts = ["a red star on grass", "a blue ring on sand", "one white cross on brick"]
     assert [store[k].prompt for k in range(6)] == prompts * 2
-    studio = open_studio(run, student=False)
-    embeds = studio.encode(prompts)[0]["prompt_embeds"]
+    sampler = open_sampler(run, student=False)
+    embeds = sampler.encode(prompts)[0]["prompt_embeds"]
     for k in range(6):
-        assert torch.equal(store[k].coarse[3], noise(0, k, (4, 8, 8)))
+        assert store[k].absolute.shape == (4, 4, 8, 8)
+        assert store[k].intermediate.shape == (3, 4, 8, 8)
+        assert torch.equal(store[k].absolute[3], noise(0, k, (4, 8, 8)))
         assert torch.equal(store[k].conditioning["prompt_embeds"], embeds[k % 3])
     with pytest.raises(IndexError):
         store[6]
@@ -127,20 +131,14 @@ def test_a_prompts_own_seed_replaces_the_runs(
         "prompt,seed\na red star on grass,\na blue ring on sand,0\none white cross on brick,7\n",
         encoding="utf-8",
     )
-    config = tiny_config.model_copy(
-        update={
-            "trajectories": tiny_config.trajectories.model_copy(
-                update={"prompts": str(file), "count": 7}
-            )
-        }
-    )
+    config = changed(tiny_config, trajectories={"prompts": str(file), "count": 7})
     store = make_trajectories(Run.open(tmp_path / "seeded", config))
     expected = [(0, 0), (0, -2), (7, -2), (0, 3), (0, -3), (7, -3), (0, 6)]
     assert [(store[k].seed, store[k].index) for k in range(7)] == expected
     for k, (seed, index) in enumerate(expected):
-        assert torch.equal(store[k].coarse[3], noise(seed, index, (4, 8, 8)))
+        assert torch.equal(store[k].absolute[3], noise(seed, index, (4, 8, 8)))
     for k in (0, 3):
-        torch.testing.assert_close(store[k].coarse, plain[k].coarse, rtol=0, atol=1e-4)
+        torch.testing.assert_close(store[k].absolute, plain[k].absolute, rtol=0, atol=1e-4)
     opened = TrajectoryStore.open(store.folder)
     assert [(opened[k].prompt, opened[k].seed) for k in (1, 2)] == [
         ("a blue ring on sand", 0),
@@ -170,8 +168,7 @@ def test_prompts_that_no_trajectory_has_are_left_out(
     tiny_prompts.write_text(tiny_prompts.read_text() + "a\nb\nc\n")
     with pytest.raises(UserError, match="made with another prompts"):
         make_trajectories(run)
-    two = tiny_config.trajectories.model_copy(update={"count": 2})
-    short = Run.open(tmp_path / "two", tiny_config.model_copy(update={"trajectories": two}))
+    short = Run.open(tmp_path / "two", changed(tiny_config, trajectories={"count": 2}))
     assert len(json.loads((make_trajectories(short).folder / "prompts.json").read_text())) == 2
     tiny_prompts.write_text("a red star on grass\na blue ring on sand\n")
     assert [make_trajectories(short)[k].prompt for k in range(2)] == [
@@ -185,8 +182,8 @@ def test_another_text_or_seed_is_another_set_of_prompts(
 ) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("prompt,seed\na red star on grass,\n")
-    settings = tiny_config.trajectories.model_copy(update={"prompts": str(file), "count": 1})
-    run = Run.open(tmp_path / "run", tiny_config.model_copy(update={"trajectories": settings}))
+    config = changed(tiny_config, trajectories={"prompts": str(file), "count": 1})
+    run = Run.open(tmp_path / "run", config)
     make_trajectories(run)
     file.write_text(f"prompt,seed\n{change}\n")
     with pytest.raises(UserError, match="made with another prompts"):
@@ -239,17 +236,15 @@ def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None
     ("section", "key", "value", "named"),
     [
         ("trajectories", "guidance_scale", 2.0, "guidance_scale"),
-        ("training", "positions", "followed", "training.positions"),
+        ("trajectories", "shard_size", 5, "shard_size"),
+        ("rapm", "delta", 3, "grid"),
     ],
 )
 def test_a_foreign_store_is_refused(
     tiny_config: Config, tmp_path: Path, section: str, key: str, value: object, named: str
 ) -> None:
     folder = make_trajectories(Run.open(tmp_path / "run", tiny_config)).folder
-    other = tiny_config.model_copy(
-        update={section: getattr(tiny_config, section).model_copy(update={key: value})}
-    )
-    run = Run.open(tmp_path / "other", other)
+    run = Run.open(tmp_path / "other", changed(tiny_config, **{section: {key: value}}))
     folder.rename(run.trajectories)
     with pytest.raises(UserError, match=f"made with another {named};"):
         make_trajectories(run)
@@ -285,6 +280,105 @@ def test_facts_name_the_teacher_by_its_weights(
     assert replace(teacher, source="elsewhere").fingerprint == teacher.fingerprint
 
 
+# ---- midpoint's: no positions
+
+
+def test_midpoints_store_is_prompts_and_noise(
+    tiny_config: Config, tiny_midpoint: Config, tmp_path: Path
+) -> None:
+    rapm = make_trajectories(Run.open(tmp_path / "rapm", tiny_config))
+    made = make_trajectories(Run.open(tmp_path / "midpoint", tiny_midpoint))
+    names = {"manifest.json", "conditioning.safetensors", "prompts.json"}
+    assert {file.name for file in made.folder.iterdir()} == names
+    assert made.manifest["shard_size"] == 0
+    store = TrajectoryStore.open(made.folder)
+    assert len(store) == len(rapm) == 6
+    for k in range(6):
+        assert store[k].absolute.shape == (1, 4, 8, 8)
+        assert store[k].intermediate.shape == (0, 4, 8, 8)
+        assert torch.equal(store[k].absolute[-1], rapm[k].absolute[-1])
+        a, b = (each[k].conditioning["prompt_embeds"] for each in (store, rapm))
+        assert torch.equal(a, b)
+        assert (store[k].prompt, store[k].seed, store[k].index) == (rapm[k].prompt, 0, k)
+    assert torch.equal(store.unconditional["prompt_embeds"], rapm.unconditional["prompt_embeds"])
+
+
+def test_midpoints_store_is_made_again_to_the_same_files(
+    tiny_midpoint: Config, tmp_path: Path
+) -> None:
+    whole = make_trajectories(Run.open(tmp_path / "whole", tiny_midpoint)).folder
+    run = Run.open(tmp_path / "killed", tiny_midpoint)
+    killed = make_trajectories(run).folder
+    (killed / "manifest.json").unlink()
+    (killed / "prompts.json").unlink()
+    make_trajectories(run)
+    for file in whole.iterdir():
+        assert filecmp.cmp(killed / file.name, file, shallow=False)
+    # What midpoint does not depend on may change; what it does depend on may not.
+    for key, value in (("batch_size", 1), ("guidance_scale", 2.0)):
+        make_trajectories(Run(run.folder, changed(tiny_midpoint, trajectories={key: value})))
+    with pytest.raises(UserError, match="made with another seed;"):
+        make_trajectories(Run(run.folder, changed(tiny_midpoint, trajectories={"seed": 5})))
+
+
+@pytest.mark.parametrize(
+    ("before", "finished", "named"),
+    [
+        ("rapm", True, "another grid, guidance_scale, shard_size;"),
+        ("rapm", False, "other settings;"),
+        ("midpoint", True, "another grid, guidance_scale, shard_size;"),
+    ],
+)
+def test_a_store_of_another_method_is_refused_and_left_alone(
+    tiny_config: Config,
+    tiny_midpoint: Config,
+    tmp_path: Path,
+    before: str,
+    finished: bool,
+    named: str,
+) -> None:
+    """Where a folder holds nothing but the store, too."""
+    configs = {"rapm": tiny_config, "midpoint": tiny_midpoint}
+    own = configs.pop(before)
+    (other,) = configs.values()
+    run = Run.open(tmp_path / "run", own)
+    make_trajectories(run)
+    (run.folder / "config.toml").unlink()
+    if not finished:
+        (run.trajectories / "manifest.json").unlink()
+    kept = {file: file.stat().st_mtime_ns for file in run.folder.rglob("*")}
+    with pytest.raises(UserError, match=f"holds trajectories made with {named}") as caught:
+        open_run(other, run.folder)
+    assert "\n" not in str(caught.value)
+    assert {file: file.stat().st_mtime_ns for file in run.folder.rglob("*")} == kept
+
+
+# ---- guidance and noise
+
+
+def test_noise_is_standard_normal_whatever_was_drawn_before() -> None:
+    first = noise(3, 5, (4, 8, 8))
+    torch.manual_seed(1)
+    assert torch.equal(noise(3, 5, (4, 8, 8)), first)
+    values = torch.stack([noise(0, k, (4, 8, 8)) for k in range(100)])
+    assert abs(float(values.mean())) < 0.02 and abs(float(values.std()) - 1) < 0.02
+
+
+def test_guidance_leads_away_from_what_is_not_named() -> None:
+    """uncond + scale (cond - uncond); what the unconditional prompt does not name is the same."""
+    seen = []
+
+    def denoiser(z, t, conditioning):
+        seen.append({name: value.tolist() for name, value in conditioning.items()})
+        return conditioning["c"][:, :1, None, None] + conditioning["size"][:, :1, None, None]
+
+    z, t = torch.zeros(2, 1, 1, 1), torch.tensor([7, 8])
+    prompts = {"c": torch.tensor([[1.0], [2.0]]), "size": torch.tensor([[10.0], [20.0]])}
+    found = guided(denoiser, {"c": torch.tensor([[0.5]])}, 3.0)(z, t, prompts)
+    assert seen == [{"c": [[0.5], [0.5], [1], [2]], "size": [[10], [20], [10], [20]]}]
+    assert found.flatten().tolist() == [10.5 + 3 * 0.5, 20.5 + 3 * 1.5]
+
+
 def test_guidance_of_one_asks_once() -> None:
     asked = []
 
@@ -298,6 +392,9 @@ def test_guidance_of_one_asks_once() -> None:
     assert asked == [3, 6]
 
 
+# ---- mistakes
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_not_finite_is_not_stored(
     tiny_config: Config, tiny_teacher: Path, tmp_path: Path, precision: str
@@ -307,12 +404,8 @@ def test_what_is_not_finite_is_not_stored(
     weights = load_file(file)
     weights["conv_in.bias"][0] = float("nan")
     save_file(weights, file)
-    run = Run.open(
-        tmp_path / "run",
-        tiny_config.model_copy(
-            update={"teacher": str(tmp_path / "teacher"), "precision": precision}
-        ),
-    )
+    other = {"teacher": str(tmp_path / "teacher"), "precision": precision}
+    run = Run.open(tmp_path / "run", tiny_config.model_copy(update=other))
     with pytest.raises(
         UserError, match="trajectories 0 to 2 are not finite; nothing of them was stored"
     ):

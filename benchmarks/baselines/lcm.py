@@ -1,22 +1,22 @@
-"""Latent consistency models (LCM, arXiv 2310.04378), as the LoRA script of LCM-LoRA (arXiv
-2311.05556) trains them.
+"""Latent consistency models (LCM, arXiv 2310.04378), as LCM-LoRA's script (2311.05556) trains them.
 
-The student's predictions of the clean latent from before and after one guided teacher step shall be
+The student's predictions of the clean latent, before and after one guided teacher step, shall be
 the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from baselines import World, one_in_each_slot
-from rapm.network import STUDENT, TEACHER
-from rapm.objective import pseudo_huber
-from rapm.trajectories import guided
-from rapm.turns import Learner
+from baselines import OfPictures, Pictures
+from rapm.config import Config
+from rapm.methods.base import Batch, Losses, Store
+from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.sampling import Conditioning, guided
+from rapm.schedule import Schedule
 
 TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5
 
@@ -28,45 +28,42 @@ def boundary(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return SIGMA_DATA**2 / total, scaled / total.sqrt()
 
 
-@dataclass(frozen=True)
-class Lcm:
+class Lcm(OfPictures):
     """LCM's step."""
 
-    world: World
-    learner: Learner
-    turns: int = 1
-    stochastic: bool = True
+    stochastic: ClassVar[bool] = True
 
-    def iterate(
-        self, iteration: int, generator: torch.Generator
-    ) -> tuple[dict[str, float], list[Learner]]:
-        world = self.world
-        schedule, grid, fine = world.schedule, world.grid, world.grid.fine
-        x0, conditioning = world.pictures.draw(generator, grid.slots)
-        starts = one_in_each_slot(grid, generator)
-        t, after = (
-            torch.tensor([fine[k] for k in starts]),
-            torch.tensor([fine[k + 1] for k in starts]),
-        )
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        z = schedule.alpha(t, x0) * x0 + schedule.sigma(t, x0) * noise
+    def __init__(
+        self,
+        config: Config,
+        backbone: Backbone,
+        schedule: Schedule,
+        store: Store,
+        pictures: Pictures,
+    ) -> None:
+        super().__init__(config, backbone, schedule, store, pictures)
+        scale = config.trajectories.guidance_scale
+        self.teacher = guided(backbone, store.unconditional, scale)
 
-        def clean(z: Tensor, t: Tensor) -> Tensor:
-            asked = t.clamp(min=0)
-            skip, out = boundary(t, z)
-            return (
-                skip * z
-                + out * schedule.x0_and_eps(z, world.student(z, asked, conditioning), asked)[0]
-            )
+    def training_step(
+        self, iteration: int, batch: Batch, generator: torch.Generator
+    ) -> dict[str, float]:
+        size = len(batch.noise)
+        drawn, losses = self.draw(size, generator), Losses(1 / (self.grid.slots * size))
+        for slots in self.slot_groups():
+            z, t, after, prompts = self.starts(slots, drawn)
+            with torch.no_grad(), self.backbone.adapter(TEACHER):
+                moved = self.schedule.step(z, self.teacher(z, t, prompts), t, after)
+            with self.backbone.adapter(STUDENT):
+                with torch.no_grad():
+                    target = self.clean(moved, after, prompts)
+                distance = self.distance(self.clean(z, t, prompts), target)
+            self.student.backward([distance], [torch.full_like(distance, losses.share)])
+            losses.add("distance", distance)
+        return dict(losses)
 
-        with torch.no_grad(), world.student.role(TEACHER):
-            teacher = guided(
-                world.student, world.unconditional, world.config.trajectories.guidance_scale
-            )
-            moved = schedule.step(z, teacher(z, t, conditioning), t, after)
-        with world.student.role(STUDENT):
-            with torch.no_grad():
-                target = clean(moved, after)
-            loss = pseudo_huber(clean(z, t), target).mean()
-            loss.backward()
-        return {"distance": float(loss.detach())}, [self.learner]
+    def clean(self, z: Tensor, t: Tensor, prompts: Conditioning) -> Tensor:
+        """The student's prediction of the clean latent; at the end it is z itself."""
+        asked, (skip, out) = t.clamp(min=0), boundary(t, z)
+        x0, _ = self.schedule.x0_and_eps(z, self.backbone(z, asked, prompts), asked)
+        return skip * z + out * x0

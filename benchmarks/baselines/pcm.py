@@ -1,35 +1,37 @@
 """Phased consistency models (PCM, arXiv 2405.18407), as its authors' script for LoRAs trains them.
 
-Two networks are in memory: the student, a LoRA, which without gradients is its own target too; and
-    the teacher, which is also
-what the discriminator's heads read. Each step noises a clean latent, takes one guided teacher step
-from there, and asks that the student's predictions from before and after that step end in the same
-place at the edge of the phase (here: slot).
+Two networks are in memory: the student, and the teacher. The student is a LoRA, and without
+gradients its own target. The teacher is also what the discriminator's heads read. A clean latent
+gets noise, the guided teacher takes one step from there, and the student's predictions from before
+and after that step shall end in the same place at the edge of the phase (here: the slot).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from baselines import Pictures, one_in_each_slot
+from baselines import OfPictures, Pictures, Start
+from rapm.config import Config
+from rapm.losses import hinge_discriminator, hinge_student
+from rapm.methods.base import Batch, Losses, Store
+from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.objective import Conditioning, hinge_critic, hinge_student, pseudo_huber
-from rapm.schedule import Grid, Schedule
-from rapm.trajectories import guided
-from rapm.turns import Learner
+from rapm.optim import Learner
+from rapm.sampling import Conditioning, guided
+from rapm.schedule import Schedule
 
 ADVERSARIAL_WEIGHT = 0.1
+DISCRIMINATOR = "discriminator"
 
 
 class Head(nn.Module):
-    """[conv, GroupNorm(32), LeakyReLU] twice, the second with a residual, in the map's own width;
-    then one channel."""
+    """[conv, GroupNorm(32), LeakyReLU] twice with a residual, in the map's width; one channel."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -51,8 +53,13 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """What differs between the published discriminators: which blocks are read, by how many heads
-    each, with which kernel."""
+    """What differs between the published discriminators.
+
+    Attributes:
+        up_blocks: whether up blocks are read, beside down blocks and the middle block.
+        heads: for each block.
+        kernel: of their convolutions.
+    """
 
     up_blocks: bool
     heads: int
@@ -65,17 +72,23 @@ FORMS = {
 }
 
 
-def taps(network: nn.Module, form: Form) -> list[str]:
-    """The blocks a discriminator reads."""
-    kinds = ("down_blocks", "up_blocks") if form.up_blocks else ("down_blocks",)
-    named = {
-        kind: [f"{kind}.{k}" for k in range(len(network.get_submodule(kind)))] for kind in kinds
-    }  # type: ignore[arg-type]
-    return [*named["down_blocks"], "mid_block", *named.get("up_blocks", [])]
+def feature_layers(network: nn.Module, form: Form) -> list[str]:
+    """The blocks that a discriminator reads."""
+
+    def blocks(kind: str) -> list[str]:
+        return [f"{kind}.{k}" for k, _ in enumerate(network.get_submodule(kind).children())]
+
+    up = blocks("up_blocks") if form.up_blocks else []
+    return [*blocks("down_blocks"), "mid_block", *up]
 
 
 class Heads(nn.Module):
-    """All heads over all maps."""
+    """All heads over all maps.
+
+    Args:
+        channels: of each feature map.
+        seed: of the first weights.
+    """
 
     def __init__(self, channels: Sequence[int], form: Form, seed: int = 0) -> None:
         super().__init__()
@@ -86,122 +99,125 @@ class Heads(nn.Module):
             )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [head(x) for heads, x in zip(self.of_maps, features, strict=True) for head in heads]  # type: ignore[attr-defined]
+        maps = zip(self.of_maps, features, strict=True)
+        return [head(x) for heads, x in maps for head in heads]
 
 
-@dataclass(frozen=True)
-class Pcm:
-    """PCM's step.
+def second_network(teacher: Teacher, config: Config, form: Form, device: str) -> Backbone:
+    """The teacher once more, with the discriminator's feature layers."""
+    network = teacher.load_network(config.torch_dtype, device)
+    return Backbone(
+        network,
+        teacher.family.call,
+        (),
+        feature_layers(network, form),
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
 
-    Attributes:
-        student: with the role ``STUDENT``.
-        teacher: another network of the same weights, tapped as :func:`taps` says.
-        learner, critic: of the student's LoRA and of the heads.
-        unconditional: what guidance leads away from.
-        guidance_scale: 1 + w in the paper's convention.
-        pictures: for :meth:`iterate`.
+
+class Pcm(OfPictures):
+    """PCM's step: even iterations update the discriminator, odd ones the student.
+
+    Args:
+        second: another network of the same weights, see :func:`second_network`.
     """
 
-    student: Backbone
-    teacher: Backbone
-    schedule: Schedule
-    grid: Grid
-    learner: Learner
-    critic: Learner
-    unconditional: Conditioning
-    guidance_scale: float
-    pictures: Pictures | None = None
-    turns: int = 2
-    stochastic: bool = False
-
-    def iterate(
-        self, iteration: int, generator: torch.Generator
-    ) -> tuple[dict[str, float], list[Learner]]:
-        assert self.pictures is not None
-        x0, conditioning = self.pictures.draw(generator, self.grid.slots)
-        critic = iteration % self.turns == 0
-        losses = self.turn(
-            x0,
-            one_in_each_slot(self.grid, generator),
-            conditioning,
-            generator,
-            critic=critic,
-            share=1.0,
-        )
-        return losses, [self.critic if critic else self.learner]
-
-    def turn(
+    def __init__(
         self,
-        x0: Tensor,
-        starts: Sequence[int],
-        conditioning: Conditioning,
-        generator: torch.Generator,
-        *,
-        critic: bool,
-        share: float,
+        config: Config,
+        backbone: Backbone,
+        schedule: Schedule,
+        store: Store,
+        pictures: Pictures,
+        second: Backbone,
+        form: Form,
+    ) -> None:
+        super().__init__(config, backbone, schedule, store, pictures)
+        self.second = second
+        scale = config.trajectories.guidance_scale
+        self.teacher = guided(second, store.unconditional, scale)
+        x0, prompts = pictures.draw(torch.Generator(), 1)
+        with torch.no_grad(), second.adapter(TEACHER):
+            maps = second.features(x0, torch.zeros(1, dtype=torch.long), prompts)
+        with backbone.device:
+            heads = Heads([x.shape[1] for x in maps], form, config.training.seed)
+        # It has no adapter. The first network's loss scale is for both.
+        self.discriminator = Learner(
+            backbone,
+            DISCRIMINATOR,
+            heads,
+            learning_rate=config.discriminators.learning_rate,
+            betas=(0.0, 0.999),
+            weight_decay=config.training.weight_decay,
+            optimizer=config.training.optimizer,
+        )
+        self.heads = heads
+
+    @property
+    def learners(self) -> Mapping[str, Learner]:
+        return {STUDENT: self.student, DISCRIMINATOR: self.discriminator}
+
+    def learning(self, iteration: int) -> tuple[str, ...]:
+        return (DISCRIMINATOR,) if iteration % 2 == 0 else (STUDENT,)
+
+    def training_step(
+        self, iteration: int, batch: Batch, generator: torch.Generator
     ) -> dict[str, float]:
-        """Accumulates the gradient of one turn: the discriminator's, or the student's.
+        (name,), size = self.learning(iteration), len(batch.noise)
+        drawn, losses = self.draw(size, generator), Losses(1 / (self.grid.slots * size))
+        of_real, of_fake = (
+            torch.randn(drawn.noise.shape, generator=generator).to(drawn.noise) for _ in range(2)
+        )
+        u = torch.rand(self.grid.slots, size, generator=generator, dtype=torch.float64)
+        inputs = list(self.learners[name].parameters.values())
+        for slots in self.slot_groups():
+            at = self.starts(slots, drawn)
+            edge, top = (self.rows([self.grid.coarse(n + k) for n in slots], size) for k in (0, 1))
+            low, index = edge.clamp(min=0), list(slots)
+            tau = low + ((top - low) * u[index].flatten()).long()
+            real_noise, fake_noise = (x[index].flatten(0, 1) for x in (of_real, of_fake))
+            seen = edge, tau, at.prompts
+            with self.backbone.adapter(STUDENT), self.second.adapter(TEACHER):
+                # As published: with its graph in either kind of iteration.
+                phi = self.student_end(at.z, at.t, edge, at.prompts)
+                with torch.no_grad():
+                    target = self.target(at, edge)
+                if name == STUDENT:
+                    distance = self.distance(phi, target)
+                    adversarial = hinge_student(self.logits(phi, fake_noise, *seen))
+                    loss = distance + ADVERSARIAL_WEIGHT * adversarial
+                    losses.add("distance", distance)
+                    losses.add("adversarial", adversarial)
+                else:
+                    real = self.logits(target, real_noise, *seen)
+                    loss = hinge_discriminator(real, self.logits(phi.detach(), fake_noise, *seen))
+                    losses.add("discriminator", loss)
+                (self.backbone.loss_scale * losses.share * loss.sum()).backward(inputs=inputs)
+        return dict(losses)
 
-        Args:
-            x0: clean latents of real pictures, [B, C, H, W].
-            starts: for each row the fine step k (0 ... N M - 1, 0 is pure noise) it starts at.
-            share: what the mean over these rows is multiplied with.
+    def student_end(self, z: Tensor, t: Tensor, edge: Tensor, prompts: Conditioning) -> Tensor:
+        """The student's single step from z to the edge of its phase."""
+        return self.schedule.step(z, self.backbone(z, t, prompts), t, edge)
+
+    def target(self, at: Start, edge: Tensor) -> Tensor:
+        """Where the student's step leads after one guided step of the teacher's.
+
+        Where that step ends on the edge the end is known, and nothing is asked.
         """
-        schedule, grid, fine = self.schedule, self.grid, self.grid.fine
-        device, on = x0.device, self.student.device.type
-        slots = [grid.slots - 1 - k // grid.fine_steps for k in starts]
-        t, after, edge, top = (
-            torch.tensor(values)
-            for values in ([fine[k] for k in starts], [fine[k + 1] for k in starts],
-                           [grid.coarse(n) for n in slots], [grid.coarse(n + 1) for n in slots])
-        )  # fmt: skip
-        noise, fake_noise, real_noise = (
-            torch.randn(x0.shape, generator=generator).to(device) for _ in range(3)
-        )
-        z = schedule.alpha(t, x0) * x0 + schedule.sigma(t, x0) * noise
-        low = edge.clamp(min=0)
-        tau = (
-            low
-            + (
-                (top - low) * torch.rand(len(starts), generator=generator, dtype=torch.float64)
-            ).long()
-        )
-        with ExitStack() as roles:
-            roles.enter_context(self.student.role(STUDENT))
-            roles.enter_context(self.teacher.role(TEACHER))
-            ours = schedule.step(z, self.student(z, t, conditioning), t, edge)
-            with torch.no_grad():
-                teacher = guided(self.teacher, self.unconditional, self.guidance_scale)
-                moved = schedule.step(z, teacher(z, t, conditioning), t, after)
-                # Where the teacher's step ends on the edge the end is known, and nothing is asked
-                # (its boundary condition).
-                asked = after.clamp(min=0)
-                target = schedule.step(moved, self.student(moved, asked, conditioning), asked, edge)
-                target = torch.where((after == edge)[:, None, None, None].to(device), moved, target)
-            assert self.critic.heads is not None
+        prediction = self.teacher(at.z, at.t, at.prompts)
+        moved = self.schedule.step(at.z, prediction, at.t, at.after)
+        end = self.student_end(moved, at.after.clamp(min=0), edge, at.prompts)
+        on_edge = (at.after == edge)[:, None, None, None].to(moved.device)
+        return torch.where(on_edge, moved, end)
 
-            def logits(position: Tensor, own_noise: Tensor) -> list[Tensor]:
-                shown = schedule.renoise(position, edge, tau, own_noise)
-                features = self.teacher.features(shown, tau, conditioning)
-                if (
-                    self.teacher.dtype == torch.float32 or on == "meta"
-                ):  # where bytes are counted, which has no autocast
-                    return self.critic.heads([x.float() for x in features])  # type: ignore[misc]
-                with torch.autocast(on, self.teacher.dtype):
-                    return [x.float() for x in self.critic.heads(features)]  # type: ignore[misc]
-
-            if critic:
-                loss = hinge_critic(
-                    logits(target, real_noise), logits(ours.detach(), fake_noise)
-                ).mean()
-                (share * loss).backward()
-                return {"critic": float(loss.detach())}
-            distance = pseudo_huber(ours, target).mean()
-            adversarial = hinge_student(logits(ours, fake_noise)).mean()
-            (share * (distance + ADVERSARIAL_WEIGHT * adversarial)).backward(
-                inputs=list(self.learner.parameters.values())
-            )
-            return {
-                "distance": float(distance.detach()),
-                "adversarial": float(adversarial.detach()),
-            }
+    def logits(
+        self, z: Tensor, noise: Tensor, edge: Tensor, tau: Tensor, prompts: Conditioning
+    ) -> list[Tensor]:
+        """Each head's map for positions at the edge, with noise added up to tau."""
+        noisy = self.schedule.add_noise(z, edge, tau, noise)
+        maps, dtype = self.second.features(noisy, tau, prompts), self.second.dtype
+        device = self.backbone.device.type
+        # The meta device, where bytes are counted, has no autocast.
+        plain = dtype == torch.float32 or device == "meta"
+        with nullcontext() if plain else torch.autocast(device, dtype):
+            return [x.float() for x in self.heads(maps)]

@@ -1,42 +1,27 @@
-"""Plain regression on stored trajectories: from the teacher's position at the head of a slot to its
-position at the end."""
+"""Plain regression on stored positions: from z~_{n+1} to z~_n, in one step of the student's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from baselines import World
-from rapm.network import STUDENT
-from rapm.objective import pseudo_huber, repeat, student_step
-from rapm.train import draw_batch
-from rapm.turns import Learner
+from baselines import Baseline
+from rapm.methods.base import Batch, Losses
 
 
-@dataclass(frozen=True)
-class Regression:
-    """One trajectory, all its slots."""
+class Regression(Baseline):
+    """Every slot of the stored trajectories, each from the teacher's own position."""
 
-    world: World
-    learner: Learner
-    turns: int = 1
-    stochastic: bool = False
+    stores_positions: ClassVar[bool] = True
 
-    def iterate(
-        self, iteration: int, generator: torch.Generator
-    ) -> tuple[dict[str, float], list[Learner]]:
-        world = self.world
-        batch = draw_batch(
-            world.store, 1, world.config.training.seed, iteration, world.student.device
-        )
-        slots = list(range(world.grid.slots))[::-1]
-        conditioning = repeat(batch.conditioning, len(slots))
-        start, end = (torch.cat([batch.coarse[:, n + k] for n in slots]) for k in (1, 0))
-        with world.student.role(STUDENT):
-            moved = student_step(
-                world.student, world.schedule, world.grid, slots, start, conditioning
-            )
-            loss = pseudo_huber(moved, end).mean()
-            loss.backward()
-        return {"distance": float(loss.detach())}, [self.learner]
+    def training_step(
+        self, iteration: int, batch: Batch, generator: torch.Generator
+    ) -> dict[str, float]:
+        losses = Losses(1 / (self.grid.slots * len(batch.noise)))
+        for slots in self.slot_groups():
+            start, end = (torch.cat([batch.absolute[:, n + k] for n in slots]) for k in (1, 0))
+            distance = self.distance(self.student_step(slots, start, batch.conditioning), end)
+            self.student.backward([distance], [torch.full_like(distance, losses.share)])
+            losses.add("distance", distance)
+        return dict(losses)

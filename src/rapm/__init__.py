@@ -1,5 +1,4 @@
-"""rapm: distil a diffusers text-to-image model into a 1 to 8 step generator on one GPU, from
-prompts alone."""
+"""rapm: distil a diffusers text-to-image model into a 1 to 8 step generator, from prompts alone."""
 
 from __future__ import annotations
 
@@ -8,30 +7,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rapm.config import Config
     from rapm.errors import NonFinite, UserError
+    from rapm.methods import Method, Midpoint, Rapm
     from rapm.network import Backbone
     from rapm.pipeline import distill
     from rapm.run import Run
     from rapm.schedule import Grid, Schedule
     from rapm.trajectories import TrajectoryStore
 
-# Loaded when first asked for: `import rapm` and `rapm --help` must not wait for torch and
-# diffusers.
+# Loaded when first asked for: `import rapm` and `rapm --help` must not wait for torch.
 _HOMES = {
     "Backbone": "network",
     "Config": "config",
     "Grid": "schedule",
+    "Method": "methods",
+    "Midpoint": "methods",
     "NonFinite": "errors",
+    "Rapm": "methods",
     "Run": "run",
     "Schedule": "schedule",
     "TrajectoryStore": "trajectories",
     "UserError": "errors",
-    "distill": "stages",
+    "distill": "pipeline",
 }
 __all__ = [
     "Backbone",
     "Config",
     "Grid",
+    "Method",
+    "Midpoint",
     "NonFinite",
+    "Rapm",
     "Run",
     "Schedule",
     "TrajectoryStore",

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -104,38 +103,6 @@ def load_metadata(path: Path) -> dict[str, str]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as flat tensors, ``"<index of the parameter>.<name>"``.
-
-    Read off ``state`` itself: bitsandbytes' ``state_dict`` hides its own in a wrapper. Its tables
-        of 256 numbers are one for
-    all parameters, which safetensors refuses; so small tensors are copied.
-    """
-    flat = {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, p in enumerate(_parameters(optimizer))
-        for name, value in optimizer.state.get(p, {}).items()
-    }
-    return {name: value.clone() if value.numel() <= 256 else value for name, value in flat.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`; the hyperparameters stay the optimiser's own."""
-    for index, p in enumerate(_parameters(optimizer)):
-        own = under_prefix(str(index), tensors)
-        # A whole number is a count of steps that was no tensor.
-        state = {
-            name: value.item() if value.dtype == torch.int64 else value.to(p.device)
-            for name, value in own.items()
-        }
-        if state:
-            optimizer.state[p] = state
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
-"""The frozen network's large weights held in fewer bits, and brought back to full precision where
-they are used.
+"""The frozen network's large weights held in fewer bits, brought back where they are used.
 
 Ours and not a library's, for two reasons: torchao and bitsandbytes hold linear layers only, where
 much of Stable Diffusion 1.5 is convolution; and diffusers' layerwise casting cannot be trained
@@ -20,31 +19,27 @@ from torch.nn.grad import conv2d_input
 
 from rapm.errors import UserError
 
-Kind = Literal["fp8", "int8", "nf4"]
+Kind = Literal["int8", "nf4"]
 Layer = nn.Linear | nn.Conv2d
 
 
 def quantize(network: nn.Module, names: Sequence[str], kind: Kind) -> None:
-    """Holds the weights of a frozen network's linear and convolution layers in fewer bits; before
-    any adapter is added.
+    """Holds the weights of a frozen network in fewer bits; before any adapter is added.
 
-    The layers keep their class, which peft takes for an adapter's too; ``weight`` becomes the
-    packed bytes, of an integer dtype, which peft does not cast adapters to.
+    They are linear and convolution layers'. The layers keep their class, by which peft chooses an
+    adapter's too; ``weight`` becomes the packed bytes, of an integer dtype, which peft does not
+    cast adapters to.
 
     Args:
         names: the layers' names or endings of names; the others keep their precision.
-        kind: int8 and fp8 (e4m3) with one scale for each output channel; nf4, 4-bit NormalFloat in
-            blocks of 64 (arXiv 2305.14314), by bitsandbytes.
+        kind: int8 with one scale for each output channel; nf4, 4-bit NormalFloat in blocks of 64
+            (arXiv 2305.14314), by bitsandbytes.
 
     Raises:
         UserError: ``nf4`` and bitsandbytes is not installed.
     """
     endings = tuple(f".{name}" for name in names)
-    pack, full = {
-        "int8": (_pack_int8, _full_int8),
-        "fp8": (_pack_fp8, _full_fp8),
-        "nf4": (_pack_nf4, _full_nf4),
-    }[kind]
+    pack, full = {"int8": (_pack_int8, _full_int8), "nf4": (_pack_nf4, _full_nf4)}[kind]
     layers: list[Any] = [
         m
         for name, m in network.named_modules()
@@ -57,34 +52,16 @@ def quantize(network: nn.Module, names: Sequence[str], kind: Kind) -> None:
 
 
 def _pack_int8(layer: Any, weight: Tensor) -> Tensor:
-    return _scaled(layer, weight, 127.0).round().to(torch.int8)
+    """The largest weight of each output channel becomes 127; gives the layer its scales."""
+    scale = (weight.float().flatten(1).abs().amax(1) / 127.0).clamp(min=1e-12)
+    scale = scale.view(-1, *[1] * (weight.ndim - 1))
+    layer.register_buffer("scale", scale.to(weight.dtype))
+    return (weight.float() / scale).round().to(torch.int8)
 
 
 def _full_int8(layer: Any) -> Tensor:
-    return (
-        layer.weight * layer.scale
-    )  # of the scale's dtype, and on a GPU in one pass over the bytes
-
-
-def _pack_fp8(layer: Any, weight: Tensor) -> Tensor:
-    dtype = torch.float8_e4m3fn
-    return _scaled(layer, weight, torch.finfo(dtype).max).to(dtype).view(torch.int8)
-
-
-def _full_fp8(layer: Any) -> Tensor:
-    return layer.weight.view(torch.float8_e4m3fn).to(layer.scale.dtype) * layer.scale
-
-
-def _scaled(layer: Any, weight: Tensor, largest: float) -> Tensor:
-    """The weight in float32, so that the largest of each output channel takes the largest number
-    there is; gives the layer its scales."""
-    scale = (
-        (weight.float().flatten(1).abs().amax(1) / largest)
-        .clamp(min=1e-12)
-        .view(-1, *[1] * (weight.ndim - 1))
-    )
-    layer.register_buffer("scale", scale.to(weight.dtype))
-    return weight.float() / scale
+    """Of the scale's dtype, and on a GPU in one pass over the bytes."""
+    return layer.weight * layer.scale
 
 
 def _pack_nf4(layer: Any, weight: Tensor) -> Tensor:
@@ -95,9 +72,8 @@ def _pack_nf4(layer: Any, weight: Tensor) -> Tensor:
             "base_precision = 'nf4' takes bitsandbytes; install it with: pip install bitsandbytes"
         ) from None
     packed, layer.state = quantize_4bit(weight.flatten(1).contiguous(), quant_type="nf4")
-    layer.register_buffer(
-        "scale", layer.state.absmax
-    )  # here to be seen with the layer's other tensors
+    # Here to be seen with the layer's other tensors.
+    layer.register_buffer("scale", layer.state.absmax)
     layer.shapes = packed.shape, weight.shape
     # As many axes as the weight had: peft tells the kind of convolution by them.
     return packed.view(-1, *[1] * (weight.ndim - 1))

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rapm import config as configuration
+from rapm import settings
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.io import load_metadata, load_tensors, save_tensors, write_text
@@ -25,14 +25,12 @@ from rapm.versions import versions
 
 
 def _is_foreign(file: Path) -> bool:
-    """Whether something is neither a run's trajectories nor the leftover of a process that was
-    killed."""
+    """Whether it is neither a run's trajectories nor the leftover of a process that was killed."""
     return file.name not in ("trajectories", ".lock") and not file.name.endswith(".partial")
 
 
 class Run:
-    """A run's folder. Make or reopen one with :meth:`open`, read a finished one with
-    :meth:`existing`."""
+    """A run's folder, made or gone on with by :meth:`open`, read by :meth:`existing`."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
@@ -60,11 +58,26 @@ class Run:
             raise UserError(
                 f"{folder} is not empty and holds no run (no config.toml); choose another --out"
             )
+        cls.check_method(folder, config)
         run = cls(folder, config)
         with run.locked():  # else the settings of a run that is at work would be replaced
             run.load_checkpoint()  # refuses settings that are not the checkpoint's
-            write_text(file, configuration.dump(config))
+            write_text(file, settings.dump(config))
         return run
+
+    @classmethod
+    def check_method(cls, folder: Path, config: Config) -> None:
+        """
+        Raises:
+            UserError: the folder holds a run of another method, or of an older version.
+        """
+        if (folder / "config.toml").is_file():
+            before = cls.existing(folder).config.method
+            if before != config.method:
+                raise UserError(
+                    f"{folder} holds a run of method '{before}', not '{config.method}'; choose "
+                    "another --out"
+                )
 
     @classmethod
     def existing(cls, folder: Path) -> Run:
@@ -76,7 +89,11 @@ class Run:
         file = folder / "config.toml"
         if not file.is_file():
             raise UserError(f"{folder} holds no run (no config.toml in it)")
-        return cls(folder, configuration.read(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not a TOML file: {error}") from None
+        return cls(folder, settings.read_run(text, str(file)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -115,7 +132,7 @@ class Run:
         try:
             # In one entry: safetensors writes several in any order, and equal runs leave equal
             # files.
-            made = json.dumps({"config": configuration.dump(self.config), "versions": versions()})
+            made = json.dumps({"config": settings.dump(self.config), "versions": versions()})
             save_tensors(self._checkpoint(step), tensors, {"made": made})
         except OSError as error:
             raise UserError(
@@ -123,9 +140,8 @@ class Run:
                 f"make room and run again"
             ) from None
         for old in self.checkpoint_steps()[: -self.config.training.keep_checkpoints]:
-            with suppress(
-                OSError
-            ):  # Windows keeps what another program is reading; it goes the next time
+            # Windows keeps what another program is reading; it goes the next time.
+            with suppress(OSError):
                 self._checkpoint(old).unlink()
 
     def load_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
@@ -147,11 +163,10 @@ class Run:
             raise UserError(
                 f"{file} is damaged ({error}); delete it to go on from the one before"
             ) from None
-        before = configuration.parse_text(made.get("config", ""), str(file))
-        known = (
-            read_manifest(self.trajectories) is not None
-        )  # whoever uses the run holds teacher and prompts against it
-        changed = configuration.differences(before, self.config, may_have_moved=known)
+        before = settings.read_run(made.get("config", ""), str(file))
+        # Whoever uses the run holds teacher and prompts against the manifest.
+        known = read_manifest(self.trajectories) is not None
+        changed = settings.differences(before, self.config, may_have_moved=known)
         if changed:
             raise UserError(
                 f"{self.folder} holds a run with other settings "

@@ -1,49 +1,39 @@
-"""Few-step sampling from a teacher or a student, and sheets of pictures."""
+"""Few-step sampling from a teacher or a student."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.io import complete_or_absent, under_prefix
+from rapm.io import under_prefix
+from rapm.memory import within_memory
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, move
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.objective import Conditioning, Denoiser
+from rapm.optim import learnt_weights
+from rapm.pictures import image_grid, to_pictures
+from rapm.prompts import read_prompts
 from rapm.run import Run
-from rapm.schedule import Schedule, trailing_timesteps
-from rapm.trajectories import check_facts, guided, picture_noise
+from rapm.sampling import Conditioning, guided, picture_noise, sample
+from rapm.trajectories import check_facts, stored_prompts
 
 
-@torch.no_grad()
-def sample(
-    denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Conditioning, num_steps: int
-) -> Tensor:
-    """Deterministic DDIM from noise z to the end in ``num_steps`` trailing steps. All [B, C, H, W],
-    float32."""
-    for t, s in pairwise(trailing_timesteps(num_steps, schedule.num_train_timesteps)):
-        z = schedule.step(z, denoiser(z, torch.full((len(z),), t), conditioning), t, s)
-    return z
-
-
-class Studio:
+class Sampler:
     """A teacher and, if there is one, its student, to draw pictures with.
 
     Text encoders and VAE are loaded when the first prompt or picture asks for them; the encoders
     are on the GPU only while they encode.
 
     Args:
-        backbone: the teacher's network; with a student's role or without.
-        size: of the pictures, (width, height) in pixels; None is the teacher's own.
+        backbone: the teacher's network; with a student's adapter or without.
         guidance_scale: the teacher's.
+        size: of the pictures, (width, height) in pixels; None is the teacher's own.
         batch_size: pictures sampled side by side.
     """
 
@@ -67,135 +57,149 @@ class Studio:
         return self.teacher.load(self.teacher.family.text_parts, self.backbone.dtype, "cpu")
 
     @cached_property
-    def _pictures(self) -> Any:
+    def _vae(self) -> Any:
         half = self.backbone.dtype == torch.float16  # where SDXL's VAE overflows
-        return self.teacher.load(
-            ["vae"], torch.float32 if half else self.backbone.dtype, str(self.backbone.device)
-        )
+        dtype = torch.float32 if half else self.backbone.dtype
+        return self.teacher.load(["vae"], dtype, str(self.backbone.device))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
         """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...]."""
         texts, family = move(self._texts, self.backbone.device), self.teacher.family
+        sizes = {n: v.expand(len(prompts), *v.shape[1:]) for n, v in self._of_size.items()}
         try:
-            sizes = {
-                name: value.expand(len(prompts), *value.shape[1:])
-                for name, value in self._of_size.items()
-            }
-            return family.encode(texts, prompts) | sizes, family.unconditional(
-                texts, self.negative_prompt
-            )
+            unconditional = family.unconditional(texts, self.negative_prompt)
+            return family.encode(texts, prompts) | sizes, unconditional
         finally:
             move(texts, "cpu")
 
     @torch.no_grad()
     def latents(
         self,
-        role: str,
+        adapter: str,
         prompts: Sequence[str],
         seeds: Iterable[int],
         num_steps: int,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Latents [n, C, h, w] of prompt i from the noise of seed i, by the teacher (guided) or the
-        student (guidance 1)."""
+        """Latents [n, C, h, w] of prompt i from the noise of seed i.
+
+        Args:
+            adapter: TEACHER, with guidance, or STUDENT, without.
+        """
         side_by_side = batch_size or self.batch_size
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
         conditioning, unconditional = self.encode(prompts)
-        scale = self.guidance_scale if role == TEACHER else 1.0
-        denoiser = guided(self.backbone, unconditional, scale)
+        scale = self.guidance_scale if adapter == TEACHER else 1.0
+        denoiser, schedule = guided(self.backbone, unconditional, scale), self.teacher.schedule
         done = []
-        with self.backbone.role(role):
+        with self.backbone.adapter(adapter):
             for start in range(0, len(z), side_by_side):
                 rows = slice(start, start + side_by_side)
                 own = {name: value[rows] for name, value in conditioning.items()}
-                done.append(
-                    sample(
-                        denoiser,
-                        self.teacher.schedule,
-                        z[rows].to(self.backbone.device),
-                        own,
-                        num_steps,
-                    )
-                )
+                noise = z[rows].to(self.backbone.device)
+                done.append(sample(denoiser, schedule, noise, own, num_steps))
         return torch.cat(done)
 
     def images(
         self,
-        role: str,
+        adapter: str,
         prompts: Sequence[str],
         seeds: Iterable[int],
         num_steps: int,
         batch_size: int | None = None,
     ) -> Tensor:
         """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
-        return self.decode(self.latents(role, prompts, seeds, num_steps, batch_size))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents [n, C, h, w]; as :meth:`images` returns them."""
-        return self.teacher.family.decode(self._pictures, latents)
+        latents = self.latents(adapter, prompts, seeds, num_steps, batch_size)
+        return self.teacher.family.decode(self._vae, latents)
 
 
-def open_studio(run: Run, *, student: bool = True) -> Studio:
-    """Loads what a run's pictures take: its teacher's network and, unless told not to, its trained
-    student.
+def open_sampler(run: Run, *, student: bool = True) -> Sampler:
+    """Loads what a run's pictures take: its teacher's network and, unless told not to, its student.
 
     Raises:
-        UserError: the run's teacher is gone or another than it was, or the run has no checkpoint
-            yet.
+        UserError: the run's teacher is gone or another than it was, or the run has no checkpoint.
     """
-    config = run.config
+    config, own = run.config, run.config.trajectories
     step, state = run.load_checkpoint() if student else (0, {})
     if student and not step:
         raise UserError(
             f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'"
         )
     teacher = teacher_of(config)
-    check_facts(
-        run.trajectories, {"teacher": teacher.fingerprint}
-    )  # another network's student would be drawn
-    family = teacher.family
-    backbone = Backbone(
-        teacher.load_network(config.torch_dtype, config.torch_device),
-        family.call,
-        family.lora_targets,
-    )
+    family, settings = teacher.family, config.student
+    # Another network's student would be drawn.
+    check_facts(run.trajectories, {"teacher": teacher.fingerprint})
+    network = teacher.load_network(config.torch_dtype, config.torch_device)
+    backbone = Backbone(network, family.call, family.lora_targets)
     if student:
-        backbone.add_role(
-            STUDENT, config.student.rank, config.student.targets or family.lora_targets, 0
-        )
-        backbone.load(STUDENT, under_prefix("average", state))
-    settings = config.trajectories
-    return Studio(
+        targets = settings.targets or family.lora_targets
+        backbone.add_adapter(STUDENT, settings.rank, targets, 0)
+        backbone.load(STUDENT, learnt_weights(under_prefix(STUDENT, state)))
+    return Sampler(
         teacher,
         backbone,
-        guidance_scale=settings.guidance_scale,
-        negative_prompt=settings.negative_prompt,
-        size=settings.sizes()[0],
-        batch_size=settings.batch_size,  # what the rollout fits in, pictures fit in
+        guidance_scale=own.guidance_scale,
+        negative_prompt=own.negative_prompt,
+        size=own.sizes()[0],
+        batch_size=own.batch_size,  # what the rollout fits in, pictures fit in
     )
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """float [n, 3, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+def sample_run(
+    run: Run,
+    *,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    steps: int | None = None,
+    few_steps: int | None = None,
+    many_steps: int = 100,
+    count: int = 8,
+    file: Path | None = None,
+) -> Path:
+    """Draws an image grid from the same seeds: teacher at many steps, at few steps, student.
+
+    A run may be training meanwhile; one that has no checkpoint yet gives the teacher's two rows.
+
+    Args:
+        prompts: taken in turn; none gives captions that the teacher brings but was not trained on,
+            or the first of the run's own prompts.
+        steps: the student's; N when left out.
+        few_steps: the teacher's in the second row; as many as the student's when left out.
+        count: pictures a row.
+        file: where to; ``samples/`` in the run when left out.
+    """
+    steps = steps or run.config.trajectories.slots
+    few_steps = few_steps or steps
+    iteration, iterations = max(run.checkpoint_steps(), default=0), run.config.training.iterations
+    with within_memory(run.config, "pictures"):
+        sampler = open_sampler(run, student=iteration > 0)
+    texts = list(prompts) or _own_prompts(run, sampler.teacher, count)
+    texts = [texts[i % len(texts)] for i in range(count)]
+    scale = sampler.guidance_scale
+    calls = 1 if scale == 1 else 2
+    rows = [
+        (f"teacher, {n} steps, guidance {scale:g} ({calls * n} network calls)", TEACHER, n)
+        for n in (many_steps, few_steps)
+    ]
+    name = f"seed-{seed}-steps-{steps}"
+    if iteration < iterations:
+        name += f"-iteration-{iteration}"
+    if iteration:
+        so_far = "" if iteration == iterations else f", iteration {iteration:,} of {iterations:,}"
+        student = f"student, {steps} steps, no guidance ({steps} network calls){so_far}"
+        rows.append((student, STUDENT, steps))
+    file = file or run.samples / f"{name}.png"
+    seeds = range(seed, seed + count)
+    with within_memory(run.config, "pictures"):
+        drawn = [(title, sampler.images(adapter, texts, seeds, n)) for title, adapter, n in rows]
+    image_grid([(title, to_pictures(images, 128)) for title, images in drawn], file)
+    return file
 
 
-def sheet(rows: Sequence[tuple[str, Tensor]], file: Path, min_side: int = 128) -> None:
-    """Writes a PNG: a row of pictures for each (title, images [n, 3, H, W] in [-1, 1]), the title
-    above it."""
-    scale = max(1, min_side // rows[0][1].shape[-1])
-    height, width = (size * scale for size in rows[0][1].shape[-2:])
-    gap, title = 4, 22
-    columns = max(len(images) for _, images in rows)
-    canvas = Image.new(
-        "RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + title) + gap), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    for r, (text, images) in enumerate(rows):
-        top = r * (height + gap + title) + gap
-        draw.text((gap, top), text, fill="black", font_size=15)
-        for c, pixels in enumerate(to_uint8(images).numpy()):
-            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (c * (width + gap) + gap, top + title))
-    with complete_or_absent(file) as temporary:
-        canvas.save(temporary, format="PNG")
+def _own_prompts(run: Run, teacher: Teacher, count: int) -> list[str]:
+    own = run.config.trajectories.prompts
+    if not own and teacher.captions:
+        return teacher.captions(count, 1, "validation")
+    # The store's, as the file may be gone.
+    prompts = stored_prompts(run.trajectories) or read_prompts(own).prompts
+    return [prompt.text for prompt in prompts]

@@ -16,6 +16,7 @@ Conventions, valid in the whole library:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -98,7 +99,12 @@ class Schedule:
         x0, eps = self.x0_and_eps(z.float(), prediction.float(), t)
         return self.alpha(s, z) * x0 + self.sigma(s, z) * eps
 
-    def renoise(self, z: Tensor, t: Tensor | int, s: Tensor | int, noise: Tensor) -> Tensor:
+    def x0_of_step(self, z: Tensor, end: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
+        """The clean latent that :meth:`step` saw when it led from z at t to ``end`` at s < t."""
+        (at, st), (as_, ss) = ((self.alpha(x, z), self.sigma(x, z)) for x in (t, s))
+        return (st * end - ss * z) / (as_ * st - at * ss)
+
+    def add_noise(self, z: Tensor, t: Tensor | int, s: Tensor | int, noise: Tensor) -> Tensor:
         """Takes a position at t up to the noise level of s >= t along the forward process (arXiv
         2405.18407, sec. 3.4).
 
@@ -117,7 +123,7 @@ class Grid:
     Attributes:
         slots: N, the student's number of steps.
         fine_steps: M, teacher steps in a slot.
-        delta: how many fine steps the nudged position lies below the coarse one, 1 <= delta <= M.
+        delta: fine steps from a coarse position down to the intermediate one, 1 <= delta <= M.
         num_train_timesteps: T.
 
     Raises:
@@ -145,7 +151,7 @@ class Grid:
                 f"delta must be from 1 to M = {self.fine_steps} fine steps, not {self.delta}"
             )
 
-    @property
+    @cached_property
     def fine(self) -> list[int]:
         """The N M + 1 timesteps the teacher visits, from T - 1 down to END."""
         return trailing_timesteps(self.slots * self.fine_steps, self.num_train_timesteps)
@@ -154,8 +160,8 @@ class Grid:
         """t_n for 0 <= n <= N; t_0 = END."""
         return self.fine[(self.slots - n) * self.fine_steps]
 
-    def nudged(self, n: int) -> int:
-        """t_{n+1} - delta, where the relative position of slot n starts, for 0 <= n < N."""
+    def intermediate(self, n: int) -> int:
+        """t_{n+1} - delta, where the intermediate position of slot n lies, for 0 <= n < N."""
         return self.fine[(self.slots - n - 1) * self.fine_steps + self.delta]
 
 

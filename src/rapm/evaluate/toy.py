@@ -1,12 +1,11 @@
-"""The protocol of the embedded world: what is drawn, what is compared with what, and the bars a
-student must clear.
+"""The protocol of the toy data set: what is drawn, what is compared, the thresholds.
 
 For each of 1,000 captions that neither teacher nor student was trained on, one picture from one
 seed; for the first 200 a second picture from another seed, for diversity. FID is to the teacher's
 100-step pictures of the same captions from the second seeds, so no model meets its own noise there.
 Settings are tuned on the validation captions, results reported on the test captions. What the
-teacher's pictures come to is shipped, at 100 steps and at 4 (``python -m rapm.toy.score`` wrote
-it); a few of its pictures are drawn again and compared, so that a stale reference cannot go unseen.
+teacher's pictures come to is shipped, at 100 steps and at 4; ``python tools/toy/score.py`` wrote
+it. A few of its pictures are drawn again and compared, so that a stale reference cannot go unseen.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from rapm.evaluate.metrics import frechet_distance, pair_distance, sharpness
 from rapm.io import load_tensors, save_tensors, under_prefix, with_prefix
 from rapm.network import STUDENT, TEACHER
 from rapm.progress import track
-from rapm.sample import Studio
+from rapm.sample import Sampler
 from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE
 from rapm.toy.oracle import Oracle
 from rapm.toy.scenes import Split, captions
@@ -93,7 +92,7 @@ def load_reference(split: Split) -> dict[int, Measured]:
     file = reference_file(split)
     if not file.is_file():
         raise UserError(
-            f"there is no {file.name}; make it with 'python -m rapm.toy.score --split {split}'"
+            f"there is no {file.name}; make it with 'python tools/toy/score.py --split {split}'"
         )
     tensors = {name: value.float() for name, value in load_tensors(file).items()}
     return {
@@ -109,12 +108,14 @@ def jobs(pairs: int) -> list[Job]:
     ]
 
 
-def draw(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split, job: Job) -> Drawn:
+def draw(
+    sampler: Sampler, oracle: Oracle, adapter: str, steps: int, split: Split, job: Job
+) -> Drawn:
     """Draws and reads one batch."""
     which, start = job
     texts = captions(CAPTIONS, CAPTION_SEED, split)[start : start + _BATCH]
     seeds = range(SEEDS[which] + start, SEEDS[which] + start + len(texts))
-    images = studio.images(role, texts, seeds, steps, _BATCH)
+    images = sampler.images(adapter, texts, seeds, steps, _BATCH)
     return oracle.features(images), oracle.is_right(images, texts), sharpness(images)
 
 
@@ -126,10 +127,10 @@ def gather(done: Sequence[tuple[Job, Drawn]]) -> Measured:
     return Measured(features, torch.cat(second), right.float(), sharp)
 
 
-def measure(studio: Studio, oracle: Oracle, role: str, steps: int, split: Split) -> Measured:
+def measure(sampler: Sampler, oracle: Oracle, adapter: str, steps: int, split: Split) -> Measured:
     """Draws the protocol's pictures of a model and reads them."""
-    batches = track(jobs(PAIRS), f"{role} {steps}")
-    return gather([(job, draw(studio, oracle, role, steps, split, job)) for job in batches])
+    batches = track(jobs(PAIRS), f"{adapter} {steps}")
+    return gather([(job, draw(sampler, oracle, adapter, steps, split, job)) for job in batches])
 
 
 def compared(measured: Measured, many: Measured) -> dict[str, float]:
@@ -145,47 +146,51 @@ def compared(measured: Measured, many: Measured) -> dict[str, float]:
     }
 
 
-def _seconds_per_image(studio: Studio, role: str, steps: int, split: Split) -> tuple[float, Tensor]:
+def _seconds_per_image(
+    sampler: Sampler, adapter: str, steps: int, split: Split
+) -> tuple[float, Tensor]:
     """Times a batch of 16 pictures, decoding included; returns the pictures too."""
     texts = captions(TIMED, CAPTION_SEED, split)
     started = time.perf_counter()
-    images = studio.images(role, texts, range(SEEDS["first"], SEEDS["first"] + TIMED), steps, TIMED)
+    images = sampler.images(
+        adapter, texts, range(SEEDS["first"], SEEDS["first"] + TIMED), steps, TIMED
+    )
     return (time.perf_counter() - started) / TIMED, images
 
 
-def score(studio: Studio, split: Split, student_steps: int) -> list[Row]:
+def score(sampler: Sampler, split: Split, student_steps: int) -> list[Row]:
     """Rows for the teacher at 100 and at 4 steps and for the student at ``student_steps``.
 
     Raises:
         UserError: the reference does not belong to this teacher.
     """
-    if studio.guidance_scale != GUIDANCE_SCALE:
+    if sampler.guidance_scale != GUIDANCE_SCALE:
         raise UserError(
-            f"this run's teacher has guidance scale {studio.guidance_scale:g}; scores compare with "
-            f"the toy teacher's pictures "
-            f"at {GUIDANCE_SCALE:g}, so there is nothing to score it with"
+            f"this run's teacher has guidance scale {sampler.guidance_scale:g}; scores compare "
+            f"with the toy teacher's pictures at {GUIDANCE_SCALE:g}, so there is nothing to score "
+            "it with"
         )
     oracle = Oracle.load(ORACLE)
     reference = load_reference(split)
     many = reference[MANY_STEPS]
     rows = []
-    for role, steps in ((TEACHER, MANY_STEPS), (TEACHER, FEW_STEPS), (STUDENT, student_steps)):
-        seconds, images = _seconds_per_image(studio, role, steps, split)
-        if role == STUDENT:
-            measured = measure(studio, oracle, role, steps, split)
+    for adapter, steps in ((TEACHER, MANY_STEPS), (TEACHER, FEW_STEPS), (STUDENT, student_steps)):
+        seconds, images = _seconds_per_image(sampler, adapter, steps, split)
+        if adapter == STUDENT:
+            measured = measure(sampler, oracle, adapter, steps, split)
         else:
             measured = reference[steps]
             if (oracle.features(images) - measured.first[:TIMED]).abs().median() > 0.05:
                 raise UserError(
                     f"{reference_file(split)} was made with another teacher or oracle, or with a "
-                    f"negative prompt; "
-                    "if the teacher was built anew, delete it and run 'python -m rapm.toy.score'"
+                    "negative prompt; if the teacher was built anew, delete it and run "
+                    "'python tools/toy/score.py'"
                 )
         rows.append(
             Row(
-                model=role,
+                model=adapter,
                 steps=steps,
-                guidance_scale=studio.guidance_scale if role == TEACHER else 1.0,
+                guidance_scale=sampler.guidance_scale if adapter == TEACHER else 1.0,
                 seconds_per_image=seconds,
                 images=len(measured.first),
                 **compared(measured, many),
@@ -194,21 +199,39 @@ def score(studio: Studio, split: Split, student_steps: int) -> list[Row]:
     return rows
 
 
-def missed_bars(rows: list[Row]) -> list[str]:
-    """What a student falls short of, in words; empty when it clears every bar."""
-    full, few, student = rows
-    bars = (
-        ("FID to the teacher", student.fid_to_teacher, "<=", 0.3 * few.fid_to_teacher),
-        ("caption accuracy", student.caption_accuracy, ">=", 0.9 * full.caption_accuracy),
-        ("diversity", student.diversity, ">=", 0.9),
-        ("sharpness", student.sharpness, ">=", 0.9),
+# What a student of the demo must reach. The untrained teacher's best 4 steps, at guidance 3 and
+# with twice the network calls, have FID 0.985 and captions 0.696 (docs/toy.md).
+THRESHOLDS = {"rapm": (0.35, 0.66), "midpoint": (0.30, 0.74)}  # FID, captions
+RATIO = 0.9  # of diversity and sharpness
+
+
+def missed_thresholds(rows: list[Row], method: str) -> list[str]:
+    """What a student falls short of, in words; empty when it reaches everything."""
+    student, (fid, captions_right) = rows[-1], THRESHOLDS[method]
+    at_least = (
+        ("caption accuracy", student.caption_accuracy, captions_right),
+        ("diversity", student.diversity, RATIO),
+        ("sharpness", student.sharpness, RATIO),
     )
-    return [
-        f"{name} is {value:.3f}, the bar is {sign} {bar:.3f}"
-        for name, value, sign, bar in bars
-        if not (value <= bar if sign == "<=" else value >= bar)
+    missed = [
+        f"{name} is {value:.3f}, the threshold is >= {least:.3f}"
+        for name, value, least in at_least
+        if not value >= least
     ]
+    if not student.fid_to_teacher <= fid:
+        missed.append(f"FID is {student.fid_to_teacher:.3f}, the threshold is <= {fid:.3f}")
+    return missed
 
 
-def as_dicts(rows: list[Row]) -> list[dict]:
-    return [asdict(row) for row in rows]
+def render(rows: list[Row]) -> list[str]:
+    """The rows as a table of lines."""
+    lines = [
+        f"{'model':8} {'steps':>5} {'guidance':>8} {'FID':>7} {'captions':>8} {'diversity':>9} "
+        f"{'sharpness':>9} {'s/image':>8}"
+    ]
+    return lines + [
+        f"{row.model:8} {row.steps:5d} {row.guidance_scale:8.1f} {row.fid_to_teacher:7.3f} "
+        f"{row.caption_accuracy:8.3f} {row.diversity:9.3f} {row.sharpness:9.3f} "
+        f"{row.seconds_per_image:8.3f}"
+        for row in rows
+    ]

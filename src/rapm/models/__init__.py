@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rapm.objective import Conditioning
+from rapm.sampling import Conditioning
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Family:
             none.
         lora_targets: names of the modules that get LoRA: all attention, feed-forward and
             convolution layers.
-        taps: module paths of the critics' features for a network.
+        feature_layers: paths of the modules whose outputs discriminators read, in a network.
         call: runs the network: ``(network, z, t, conditioning) -> prediction``.
         encode: ``(pipeline, prompts) -> conditioning`` of each prompt, tensors [n, ...] on the CPU.
         unconditional: ``(pipeline, negative prompt) -> conditioning`` that guidance leads away
@@ -48,7 +48,7 @@ class Family:
     text_parts: tuple[str, ...]
     single_file: tuple[str, ...]
     lora_targets: tuple[str, ...]
-    taps: Callable[[nn.Module], list[str]]
+    feature_layers: Callable[[nn.Module], list[str]]
     call: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]]
     unconditional: Callable[[Any, str], dict[str, Tensor]]

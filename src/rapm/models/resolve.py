@@ -1,10 +1,8 @@
-"""Whatever a user may name as a teacher, found, checked and fingerprinted before anything of it is
-loaded."""
+"""Whatever a user may name as a teacher: found, checked and fingerprinted, nothing loaded."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,20 +11,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
-import torch
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from rapm import toy
 from rapm.config import Config
-from rapm.errors import UserError, first_line
+from rapm.errors import UserError
 from rapm.io import load_metadata
-from rapm.models import Family, families
+from rapm.models.sources import check_parts, family_of, from_hub, header_of, layout_of_checkpoint
 from rapm.models.teacher import Lora, Teacher, ddim_scheduler, weights_of
 from rapm.schedule import PredictionType, Schedule
-from rapm.toy import TEACHER as TOY
+from rapm.toy import scenes
 
 RANDOM = "random:"
 LAYOUTS = Path(__file__).parent / "layouts"  # published architectures: configs without weights
@@ -34,7 +27,7 @@ PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
 }
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _PLAIN_LORA = (
     ".alpha",
     *(
@@ -61,13 +54,13 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
     """
     path, checkpoint, random = Path(source), None, source.startswith(RANDOM)
     if source == "toy":
-        folder = TOY
+        folder = toy.TEACHER
     elif random:
         folder = LAYOUTS / source.removeprefix(RANDOM)
         if not folder.is_dir():
             known = ", ".join(f"{RANDOM}{layout.name}" for layout in sorted(LAYOUTS.iterdir()))
             raise UserError(f"there is no architecture '{source}'; there are: {known}")
-    elif path.suffix.lower() in _PICKLES:
+    elif path.suffix.lower() in PICKLES:
         raise UserError(
             f"teacher '{source}' is a pickle, which may run code when it is opened; convert it to "
             f".safetensors first "
@@ -75,11 +68,11 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
             "safetensors.torch.save_file)"
         )
     elif path.suffix.lower() == ".safetensors":
-        checkpoint, folder = path, _layout_of_checkpoint(path, config)
+        checkpoint, folder = path, layout_of_checkpoint(path, config)
     elif path.is_dir():
         folder = path
     elif _HUB_ID.fullmatch(source):
-        folder = _from_hub(*source.partition("@")[::2])
+        folder = from_hub(*source.partition("@")[::2])
     else:
         raise UserError(
             f"teacher '{source}' is neither 'toy', nor a folder, nor a .safetensors file, nor a "
@@ -90,18 +83,18 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
             "teacher_config goes with a single .safetensors file only; this teacher brings its own "
             "configs"
         )
-    family = _family(source, folder)
+    family = family_of(source, folder)
     if not random:
-        _check_parts(source, folder, family, weights=checkpoint is None)
+        check_parts(source, folder, family, weights=checkpoint is None)
     parts = tuple(_lora(text) for text in loras)
     files = [*([checkpoint] if checkpoint else []), *(lora.file for lora in parts)]
     mark = _fingerprint(
         folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None
     )
-    teacher = Teacher(
-        source, folder, checkpoint, random, parts, family, _schedule(source, folder), mark
-    )
-    told = _header(checkpoint) if checkpoint else {}
+    captions = scenes.captions if source == "toy" else None
+    schedule = _schedule(source, folder)
+    teacher = Teacher(source, folder, checkpoint, random, parts, family, schedule, mark, captions)
+    told = header_of(checkpoint) if checkpoint else {}
     # Metadata are easily carried on by merges, so they count where nothing else was said.
     says_v = (
         checkpoint
@@ -148,56 +141,11 @@ def teacher_of(config: Config) -> Teacher:
 
 
 def architecture_of(config: Config) -> Teacher:
-    """A run's teacher for planning: of the published models the shipped configs are enough, so
-    nothing is downloaded."""
+    """A run's teacher for planning: of the published models the shipped configs are enough."""
     published = PUBLISHED.get(config.teacher.partition("@")[0])
-    return (
-        replace(resolve_teacher(published), source=config.teacher)
-        if published
-        else teacher_of(config)
-    )
-
-
-def _family(source: str, folder: Path) -> Family:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(
-            f"teacher '{source}' is no folder in diffusers' layout (no model_index.json in it)"
-        )
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"teacher '{source}': its model_index.json is damaged") from None
-    known = {family.pipeline.__name__: family for family in families()}
-    if name not in known:
-        raise UserError(f"teacher '{source}' is a {name}; this version distils {', '.join(known)}")
-    return known[name]
-
-
-def _check_parts(source: str, folder: Path, family: Family, *, weights: bool) -> None:
-    """Whether everything that will be loaded in the end is there: nobody wants to hear of it after
-    the rollout."""
-    for part in (family.network, "vae", *family.text_parts, "scheduler"):
-        if not (folder / part).is_dir():
-            raise UserError(f"teacher '{source}' is incomplete: it has no {part}")
-        if (
-            weights
-            and not part.startswith(("tokenizer", "scheduler"))
-            and not any((folder / part).glob("*.safetensors"))
-        ):
-            pickled = any((folder / part).glob("*.bin"))
-            hint = (
-                ", only pickled ones, which are not read; save it anew with safe_serialization=True"
-                if pickled
-                else ""
-            )
-            raise UserError(
-                f"teacher '{source}' is incomplete: its {part} has no .safetensors weights{hint}"
-            )
-        if part.startswith("tokenizer") and not any(
-            (folder / part / name).is_file() for name in ("vocab.json", "tokenizer.json")
-        ):
-            raise UserError(f"teacher '{source}' is incomplete: its {part} has no vocabulary")
+    if not published:
+        return teacher_of(config)
+    return replace(resolve_teacher(published), source=config.teacher)
 
 
 def _schedule(source: str, folder: Path) -> Schedule:
@@ -235,128 +183,20 @@ def _lora(text: str) -> Lora:
         file, strength = (Path(name), float(last)) if name else (Path(text), 1.0)
     except ValueError:  # the colon belongs to the path
         file, strength = Path(text), 1.0
-    if file.suffix.lower() in _PICKLES:
+    if file.suffix.lower() in PICKLES:
         raise UserError(
             f"LoRA {file} is a pickle, which may run code when it is opened; convert it to "
             f".safetensors first"
         )
     if not file.is_file():
         raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
-    strange = [name for name in _header(file) if not name.endswith(_PLAIN_LORA)]
+    strange = [name for name in header_of(file) if not name.endswith(_PLAIN_LORA)]
     if strange:  # diffusers drops some of these without a word
         raise UserError(
             f"LoRA {file} holds '{strange[0]}', which is no plain LoRA's (a DoRA, LoHa, LoKr or "
             f"another kind)"
         )
     return Lora(file, strength)
-
-
-def _header(file: Path) -> dict[str, Tensor]:
-    """A file's tensors as shapes without values.
-
-    Raises:
-        UserError: it is not there, or no safetensors file.
-    """
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-            return {
-                name: torch.empty(tensors.get_slice(name).get_shape(), device="meta")
-                for name in names
-            }
-    except FileNotFoundError:
-        raise UserError(f"there is no file {file}") from None
-    except (SafetensorError, OSError):
-        raise UserError(f"{file} is damaged, or no safetensors file") from None
-
-
-def _layout_of_checkpoint(file: Path, config: str) -> Path:
-    """The folder with a single file's configs and tokenizers.
-
-    Raises:
-        UserError: the file is no whole checkpoint of a known family, or its configs cannot be had.
-    """
-    header = _header(file)
-    try:
-        kind = infer_diffusers_model_type(header)
-    except KeyError:  # it looks into tensors that one of the kinds it half recognises does not have
-        raise UserError(f"teacher '{file}' is no checkpoint of a known kind") from None
-    known = {name: family for family in families() for name in family.single_file}
-    parts = {
-        "a denoising network": ("model.diffusion_model.",),
-        "a VAE": ("first_stage_model.",),
-        "a text encoder": ("cond_stage_model.", "conditioner.embedders."),
-    }
-    missing = [
-        part
-        for part, prefixes in parts.items()
-        if not any(name.startswith(prefixes) for name in header)
-    ]
-    if kind not in known:
-        raise UserError(
-            f"teacher '{file}' looks like '{kind}'; of single files this version distils "
-            f"{', '.join(known)}"
-        )
-    if missing:  # "v1" is what diffusers calls whatever it does not know
-        raise UserError(
-            f"teacher '{file}' is no whole checkpoint: there is no "
-            f"{' and no '.join(p[2:] for p in missing)} in it"
-        )
-    if config:
-        if _family(config, Path(config)) is not known[kind]:
-            raise UserError(
-                f"teacher '{file}' is '{kind}', and the configs in {config} are of another family"
-            )
-        return Path(config)
-    if kind == "v2":
-        raise UserError(
-            f"teacher '{file}' is of Stable Diffusion 2, and such a file does not say whether it "
-            f"predicts noise or v; name a "
-            "folder in diffusers' layout that does with --teacher-config"
-        )
-    repository = fetch_diffusers_config(header)["pretrained_model_name_or_path"]
-    wanted = ["*.json", "*/*.json", "*/*.txt"]
-    try:
-        folder = Path(_first_cached(snapshot_download, repository, allow_patterns=wanted))
-        try:
-            _check_parts(repository, folder, _family(repository, folder), weights=False)
-        except UserError:  # some other program has fetched a part of it
-            folder = Path(snapshot_download(repository, allow_patterns=wanted))
-        return folder
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        raise UserError(
-            f"teacher '{file}' is '{kind}', whose configs and tokenizer are those of {repository}; "
-            f"that is not in the cache "
-            f"and cannot be downloaded ({first_line(error)}); name a folder in diffusers' layout "
-            f"of the same kind with "
-            "--teacher-config"
-        ) from None
-
-
-def _first_cached(download: Any, repository: str, **given: Any) -> Any:
-    """From the cache if it is there, so that a run goes on where there is no network, and with what
-    it began with."""
-    try:
-        return download(repository, local_files_only=True, **given)
-    except (OSError, ValueError):
-        return download(repository, **given)
-
-
-def _from_hub(repository: str, revision: str) -> Path:
-    left_out = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    given = {"revision": revision or None, "use_safetensors": True, **left_out}
-    try:
-        folder = Path(_first_cached(diffusers.DiffusionPipeline.download, repository, **given))
-        try:
-            _check_parts(repository, folder, _family(repository, folder), weights=True)
-        except UserError:  # a download that was stopped half-way is in the cache too
-            folder = Path(diffusers.DiffusionPipeline.download(repository, **given))
-        return folder
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        raise UserError(
-            f"teacher '{repository}' is no folder here, not in the hub's cache, and cannot be "
-            f"downloaded: {first_line(error)}"
-        ) from None
 
 
 @cache

@@ -16,10 +16,10 @@ from rapm.models.stable_diffusion import (
     decode_with_vae,
     in_batches,
     prompt_embeds_shape,
+    unet_feature_layers,
     unet_latent_shape,
-    unet_taps,
 )
-from rapm.objective import Conditioning
+from rapm.sampling import Conditioning
 
 
 def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -64,7 +64,7 @@ FAMILY = Family(
     text_parts=("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
     single_file=("xl_base",),
     lora_targets=UNET_LORA_TARGETS,
-    taps=unet_taps,
+    feature_layers=unet_feature_layers,
     call=_call,
     encode=_encode,
     unconditional=_unconditional,

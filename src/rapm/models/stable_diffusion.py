@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from rapm.models import Configs, Family
-from rapm.objective import Conditioning
+from rapm.sampling import Conditioning
 
 UNET_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -25,9 +25,8 @@ UNET_LORA_TARGETS = (
 )
 
 
-def unet_taps(network: nn.Module) -> list[str]:
-    """Every down block and the middle block. The forward stops there: critics never pay for the way
-    up."""
+def unet_feature_layers(network: nn.Module) -> list[str]:
+    """Every down block and the middle block, as in PCM for SDXL; the forward stops there."""
     blocks: Any = network.down_blocks
     return [*(f"down_blocks.{i}" for i in range(len(blocks))), "mid_block"]
 
@@ -113,7 +112,7 @@ FAMILY = Family(
     text_parts=("tokenizer", "text_encoder"),
     single_file=("v1", "v2"),
     lora_targets=UNET_LORA_TARGETS,
-    taps=unet_taps,
+    feature_layers=unet_feature_layers,
     call=_call,
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),

@@ -1,4 +1,4 @@
-"""A teacher that was found (`finding.py`), loaded part by part when a part is needed."""
+"""A teacher that `resolve.py` found, loaded part by part when a part is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,7 @@ class Teacher:
         checkpoint: the single file that holds the weights, else they lie in the folder.
         random: there are no weights, they are drawn (always the same).
         loras: fused in this order.
+        captions: ``(count, seed, split) -> captions`` of its own, if it brings some.
         fingerprint: changes when the teacher does: of names, sizes and 64 KiB out of every 4 MiB of
             what is loaded.
     """
@@ -70,6 +71,7 @@ class Teacher:
     family: Family
     schedule: Schedule
     fingerprint: str
+    captions: Callable[[int, int, Any], list[str]] | None = None
 
     def config(self, part: str) -> Mapping[str, Any]:
         """A part's config.
@@ -162,9 +164,8 @@ class Teacher:
         """The denoising network, which is all that rollout and training need. Raises as
         :meth:`load` does.
 
-        A stage leaves its network in cycles of hooks and adapted layers: uncollected, the rollout's
-            would stay on a GPU beside
-        the one that is trained, and both beside the one that pictures are drawn with.
+        A stage leaves its network in cycles of hooks and adapted layers. Uncollected, the rollout's
+        would stay on a GPU beside the one that is trained, and both beside the one for pictures.
         """
         gc.collect()
         return getattr(self.load([self.family.network], precision, device), self.family.network)
@@ -204,9 +205,8 @@ class Teacher:
         mixin, refused = type(pipeline), f"LoRA {lora.file} does not fit teacher '{self.source}'"
         config = SimpleNamespace(**self.config(self.family.network))
         loud = diffusers.utils.logging.get_verbosity()
-        diffusers.utils.logging.set_verbosity(
-            logging.CRITICAL
-        )  # its many lines of a mismatch would come before our one
+        # Its many lines of a mismatch would come before our one.
+        diffusers.utils.logging.set_verbosity(logging.CRITICAL)
         try:
             state, alphas, metadata = mixin.lora_state_dict(
                 str(lora.file), unet_config=config, use_safetensors=True, return_lora_metadata=True
@@ -226,11 +226,8 @@ class Teacher:
                 if not own:
                     continue
                 model = getattr(pipeline, part)
-                given: dict[str, Any] = {
-                    "network_alphas": alphas,
-                    "adapter_name": "fused",
-                    "metadata": metadata,
-                }
+                given: Any = {"network_alphas": alphas, "metadata": metadata}
+                given["adapter_name"] = "fused"
                 if part == self.family.network:
                     mixin.load_lora_into_unet(state, unet=model, **given)
                 else:
@@ -275,37 +272,29 @@ def ddim_scheduler(config: Any) -> Any:
 
 
 def move(pipeline: Any, device: str | torch.device) -> Any:
-    """``pipeline.to`` without diffusers' warnings that a CPU cannot compute in float16: it can, or
-    the part just waits."""
+    """``pipeline.to`` without diffusers' warnings that a CPU cannot compute in float16."""
     return pipeline.to(device, silence_dtype_warnings=True)
 
 
 def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
-    """The teacher's network alone, with its taps: all that rollout and training need. Raises as
-    :meth:`Teacher.load` does.
+    """The teacher's network alone: all that rollout and training need.
 
     Both see the same held weights, so that the student learns what few steps take and not what
-    holding took away.
+    holding took away. Raises as :meth:`Teacher.load` does.
     """
-    network, family, training = (
-        teacher.load_network(config.torch_dtype, device),
-        teacher.family,
-        config.training,
-    )
+    network, family = teacher.load_network(config.torch_dtype, device), teacher.family
     if config.base_precision != "same":
         quantize(network, family.lora_targets, config.base_precision)
     return Backbone(
         network,
         family.call,
         family.lora_targets,
-        family.taps(network),
-        gradient_checkpointing=training.gradient_checkpointing,
-        channels_last=training.channels_last,
+        family.feature_layers(network),
+        gradient_checkpointing=config.training.gradient_checkpointing,
     )
 
 
 def weights_of(part: Path) -> list[Path]:
-    """A part's files of weights: the plain ones, those of variant fp16 where there are no
-    others."""
+    """A part's files of weights: the plain ones; of variant fp16 where there are no others."""
     files = sorted(part.glob("*.safetensors"))
     return [file for file in files if ".fp16." not in file.name] or files

@@ -1,0 +1,258 @@
+"""Settings out of files, presets and the command line, and back into a file. Alone knows TOML."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import ValidationError
+
+from rapm.config import Config, MethodName, keys, unread
+from rapm.errors import UserError
+from rapm.prompts import is_hub
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# These change how fast a run goes, what it costs or what it leaves behind, and what it computes by
+# no more than rounding.
+_FREE_ON_RESUME = {
+    "device",
+    "trajectories.batch_size",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.slot_batch",
+    "training.gradient_checkpointing",
+    "training.compile",
+    "samples.every",
+    "samples.count",
+}
+# Where things lie. What they are is held against the fingerprints that trajectories carry, so files
+# may move.
+_PLACES = {"teacher", "teacher_config", "teacher_loras", "trajectories.prompts"}
+
+
+def load(
+    file: Path | None = None,
+    *,
+    method: str | None = None,
+    preset: str | None = None,
+    teacher: str | None = None,
+    teacher_config: Path | None = None,
+    teacher_loras: Sequence[str] = (),
+    prompts: str | Path | None = None,
+    size: str | None = None,
+    settings: Sequence[str] = (),
+) -> Config:
+    """Puts a configuration together: defaults, the method's, the preset's, the file's, ``--set``.
+
+    Args:
+        file: TOML file.
+        method: "rapm" when nothing names another.
+        preset: name of a shipped one; a teacher that a preset is named after takes it by itself.
+        teacher: overrides the teacher; a folder or file is kept as an absolute path, as a run may
+            go on from another place.
+        teacher_config, teacher_loras, prompts, size: override those settings likewise.
+        settings: ``section.key=value`` each.
+
+    Raises:
+        UserError: anything in them is wrong.
+    """
+    for name, value in (("teacher", teacher), ("prompts", prompts)):
+        if value is not None and not str(value).strip():
+            raise UserError(f"--{name} is empty")
+    options: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("method", method),
+            ("teacher", teacher),
+            ("teacher_config", str(teacher_config) if teacher_config else None),
+            ("teacher_loras", list(teacher_loras)),
+            ("trajectories", {"prompts": str(prompts)} if prompts else {}),
+        )
+        if value
+    }
+    given = [_absolute(_read(file), file.parent)] if file else []
+    given += [_absolute(part, Path()) for part in (*map(_setting, settings), options)]
+    given += [{"trajectories": {"size": size}}] if size else []
+
+    def last(key: str, default: str) -> str:
+        return next((table[key] for table in reversed(given) if key in table), default)
+
+    teacher_name = last("teacher", Config.model_fields["teacher"].default)
+    if preset is None and teacher_name in presets():
+        preset = teacher_name
+    table = _preset(preset, last("method", ""))
+    for part in given:
+        table = _merge(table, part)
+    origin = [str(file)] if file else []
+    return parse(table, " and ".join([*origin, *(["settings"] if settings or not file else [])]))
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(
+        file.stem for file in (CONFIGS / "presets").glob("*.toml") if "." not in file.stem
+    )
+
+
+def _preset(name: str | None, method: str) -> dict[str, Any]:
+    """What a preset and a method set: ``methods/M``, ``presets/P`` and ``presets/P.M`` if any.
+
+    Raises:
+        UserError: there is none of that name, or it is another method's.
+    """
+    if name is not None and name not in presets():
+        raise UserError(f"there is no preset '{name}'; there are: {', '.join(presets())}")
+    table = _read(CONFIGS / "presets" / f"{name}.toml") if name else {}
+    own = table.get("method")
+    if own and method and own != method:
+        raise UserError(f"preset '{name}' is of method '{own}', not '{method}'")
+    method = method or own or Config.model_fields["method"].default
+    methods = get_args(MethodName)
+    if method not in methods:
+        raise UserError(f"there is no method '{method}'; there are: {', '.join(methods)}")
+    files = [CONFIGS / "methods" / f"{method}.toml", CONFIGS / "presets" / f"{name}.{method}.toml"]
+    for_method, for_both = ([_read(file)] if file.is_file() else [] for file in files)
+    merged: dict[str, Any] = {}
+    for part in (*for_method, table, *for_both):
+        merged = _merge(merged, part)
+    return merged
+
+
+def parse(table: Mapping[str, Any], origin: str) -> Config:
+    """Validates a table.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type or value; ``origin`` says
+            whose table it was.
+    """
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
+        if unknown:
+            table = unknown["input"] if isinstance(unknown["input"], Mapping) else {}
+            key = ".".join([*map(str, unknown["loc"]), *list(flatten(table))[:1]])
+            near = difflib.get_close_matches(key, list(keys(Config)), 1, 0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{origin}: unknown key '{key}'{hint}") from None
+        # Of a union's branches, the one that got furthest, without its name.
+        first = max(errors, key=lambda e: len(e["loc"]))
+        key = ".".join(str(part) for part in first["loc"] if not {*"-["} & {*str(part)})
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (given: {first['input']!r})" if key else ""
+        raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def dump(config: Config) -> str:
+    """The configuration as TOML: every key that its method reads, written out."""
+    kept: dict[str, Any] = {}
+    left_out = unread(config.method)
+    for key, value in flatten(config.model_dump(exclude_none=True)).items():
+        if key not in left_out:
+            kept = _merge(kept, _nested(key, value))
+    return tomli_w.dumps(kept)
+
+
+def read_run(text: str, origin: str) -> Config:
+    """A run's configuration, as :func:`dump` wrote it.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{origin} is not a TOML file: {error}") from None
+    if "method" not in table:
+        raise UserError(
+            f"{origin} names no method: the run was made by an older rapm, and this one cannot go "
+            "on with it; nothing in it was changed: choose another folder"
+        )
+    return parse(table, origin)
+
+
+def differences(old: Config, new: Config, *, may_have_moved: bool = False) -> list[str]:
+    """The keys in which two configurations would compute different results, with both values.
+
+    Args:
+        may_have_moved: leave out those that say where teacher and prompts lie.
+    """
+    if old.method != new.method:
+        return [f"method: {old.method!r} -> {new.method!r}"]
+    a, b = flatten(old.model_dump()), flatten(new.model_dump())
+    free = _FREE_ON_RESUME | (_PLACES if may_have_moved else set())
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and key not in free]
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _absolute(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes what it names of files and folders absolute; ``~`` is the home folder."""
+
+    def found(name: object, *, must: bool) -> Any:
+        if not isinstance(name, str) or not name or is_hub(name):
+            return name
+        path = os.path.abspath(folder / os.path.expanduser(name))
+        # Else it may be a hub id, or a teacher that a preset is named after.
+        return path if must or (name not in presets() and os.path.exists(path)) else name
+
+    table = dict(table)
+    for key, must in (("teacher", False), ("teacher_config", True)):
+        if key in table:
+            table[key] = found(table[key], must=must)
+    if isinstance(table.get("teacher_loras"), list):  # each with its strength at its end
+        table["teacher_loras"] = [found(name, must=True) for name in table["teacher_loras"]]
+    section = table.get("trajectories")
+    if isinstance(section, Mapping) and "prompts" in section:
+        table["trajectories"] = {**section, "prompts": found(section["prompts"], must=True)}
+    return table
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {file}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a TOML file: {error}") from None
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """``training.iterations=100`` as a nested table; a value that is no TOML is taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text!r}: write KEY=VALUE, for instance training.iterations=100")
+    parsed: Any
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    return _nested(key.strip(), parsed)
