@@ -233,8 +233,7 @@ def test_memory_follows_the_settings(tiny_config: Config) -> None:
     assert checkpointed.memory["training"][part] < plain[part]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["rapm", "midpoint"])
+@pytest.mark.parametrize(("method", "checkpointing"), [("rapm", True), ("midpoint", False)])
 def test_memory_is_that_of_real_iterations(
     tiny_config: Config, tiny_midpoint: Config, method: str, checkpointing: bool
 ) -> None:

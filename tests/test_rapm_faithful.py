@@ -138,23 +138,19 @@ def rapm_by_hand(
 
 CASES: dict[str, dict[str, Any]] = {
     "the paper's": {},
-    "delta 5": {"rapm": {"delta": 5}},
+    "delta 5, w_n 0.5": {"rapm": {"delta": 5, "absolute_weight": 0.5}},
     "delta M": {"rapm": {"delta": 6}},
     "first detach off": {"rapm": {"detach_relative": False}},
     "second detach off": {"rapm": {"detach_slots": False}},
-    "both detaches off, delta 5": {
-        "rapm": {"detach_relative": False, "detach_slots": False, "delta": 5}
-    },
     "relative only": {"rapm": {"absolute_weight": 0.0}},
     "absolute only": {"rapm": {"relative": False}},
-    "w_n 0.5": {"rapm": {"absolute_weight": 0.5}},
-    "distances alone": {"discriminators": {"adversarial_weight": 0.0}},
-    "relative only, distances alone, first detach off": {
-        "rapm": {"absolute_weight": 0.0, "detach_relative": False},
+    "distances alone, both detaches off, delta 5": {
+        "rapm": {"detach_relative": False, "detach_slots": False, "delta": 5},
         "discriminators": {"adversarial_weight": 0.0},
     },
-    "all slots in one pass": {"training": {"slot_batch": 3}},
-    "gradient checkpointing": {"training": {"gradient_checkpointing": True}},
+    "all slots in one pass, checkpointing": {
+        "training": {"slot_batch": 3, "gradient_checkpointing": True}
+    },
 }
 
 
