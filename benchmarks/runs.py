@@ -43,7 +43,7 @@ from rapm.io import load_tensors, save_tensors, under_prefix, with_prefix, write
 from rapm.methods import METHODS, Method
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, load_backbone
-from rapm.pipeline import _facts, _prompts, make_trajectories
+from rapm.pipeline import facts_of, make_trajectories
 from rapm.run import Run
 from rapm.toy import scenes
 from rapm.toy.scenes import Split
@@ -182,8 +182,7 @@ class Points:
 def shared_store(run: Run, stores: Path) -> TrajectoryStore:
     """A run's trajectories: those of all runs with equal facts, made once; the run has a link."""
     config = run.config
-    teacher = teacher_of(config)
-    mark = fingerprint(_facts(config, teacher, _prompts(config, teacher)))[:16]
+    mark = fingerprint(facts_of(config))[:16]
     stores.mkdir(parents=True, exist_ok=True)
     with FileLock(stores / f"{mark}.lock"):
         store = make_trajectories(Run(stores / mark, config))

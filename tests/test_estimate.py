@@ -148,7 +148,7 @@ def test_flops_are_those_of_real_iterations(
     of_pass = flops(teacher_pass(config, backbone, store, 1))
     assert plan.flops["trajectories"] == pytest.approx(plan.calls * of_pass, rel=0.03)
     made = METHODS[method](config, backbone, teacher.schedule, store)
-    batch, total = Batch.of(store * config.training.batch_size, backbone.device), 0
+    batch, total = Batch.of([store[0]] * config.training.batch_size, backbone.device), 0
     for numbers in kinds(made).values():
         step = numbers[0], batch, seeded("a test")
         total += len(numbers) * flops(lambda step=step: made.training_step(*step))
@@ -246,7 +246,7 @@ def test_memory_is_that_of_real_iterations(
     teacher = teacher_of(config)
     store, backbone = Stub(config, teacher, "cpu"), load_backbone(teacher, config, "cpu")
     made = METHODS[method](config, backbone, teacher.schedule, store)
-    batch, peaks = Batch.of(store, backbone.device), []
+    batch, peaks = Batch.of([store[0]], backbone.device), []
     for numbers in kinds(made).values():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             made.training_step(numbers[0], batch, seeded("a test"))
@@ -268,6 +268,12 @@ def test_presets_are_whole_and_name_published_models(name: str) -> None:
     assert name.startswith("sdxl") == is_xl
     if name.endswith("gb"):
         assert config.precision == "bfloat16"
+
+
+def test_positions_of_several_sizes_are_counted_by_their_mean(tiny_config: Config) -> None:
+    config = changed(tiny_config, trajectories={"size": "16x16, 16x32"})
+    disk = make_plan(config, teacher_of(config)).disk
+    assert disk["positions"] == 6 * (2 * 3 + 1) * 4 * (8 * 8 + 16 * 8) / 2 * 4
 
 
 def test_too_little_disk_or_memory_is_refused(tiny_config: Config, tmp_path: Path) -> None:

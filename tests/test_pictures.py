@@ -133,7 +133,7 @@ def test_the_strip_of_a_resumed_run_is_that_of_a_whole_one(
     tiny_midpoint: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after a row, and between a checkpoint and its row."""
-    config = changed(tiny_midpoint, samples={"every": 2, "count": 2}, training={"slot_batch": 3})
+    config = changed(tiny_midpoint, samples={"every": 2, "count": 1}, training={"slot_batch": 3})
     whole, draw = trained(config, tmp_path / "whole"), TrainingSamples.__call__
     for kill, drawn, checkpoints in ((6, True, [4]), (8, False, [4, 8])):
 

@@ -265,8 +265,9 @@ def test_fewer_bits_from_end_to_end(
     """Positions are float32, near those of a float32 network."""
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     given = ({}, {"precision": precision, "base_precision": base})
+    teacher, training = small_teachers["sdxl"], {"iterations": 4, "slot_batch": 4}
     whole, fewer = (
-        Run.open(tmp_path / name, make_config(small_teachers["sdxl"], tmp_path, **own))
+        Run.open(tmp_path / name, make_config(teacher, tmp_path, training=training, **own))
         for name, own in zip(("whole", "fewer"), given, strict=True)
     )
     a, b = (make_trajectories(run)[3].absolute for run in (whole, fewer))

@@ -1,8 +1,8 @@
-"""What a run costs, told before it is paid: disk, memory, teacher's passes, hours.
+"""What a run costs, told before it is paid: disk, memory, the teacher's passes, hours.
 
-Memory and FLOPs are not modelled. The library's own rollout and training steps are run on tensors
-without contents, and every storage and operation is counted. Hours are FLOPs over a GPU's peak rate
-times :data:`SHARE_OF_PEAK`. No weights are loaded.
+Nothing is modelled and no weights are loaded. The library's own rollout and training steps are run
+on tensors without contents, and every storage and operation is counted. Hours are FLOPs over a
+GPU's peak rate times :data:`SHARE_OF_PEAK`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -76,10 +77,10 @@ class Plan:
 
 
 class Stub(list[Trajectory]):
-    """A store of one trajectory, the largest of a run's, with random contents or none (meta)."""
+    """A store of one trajectory of each size, the largest first; random, or empty on meta."""
 
     def __init__(self, config: Config, teacher: Teacher, device: str) -> None:
-        shape = max(map(teacher.latent_shape, config.trajectories.sizes()), key=math.prod)
+        shapes = map(teacher.latent_shape, config.trajectories.sizes())
         slots = config.grid().slots if METHODS[config.method].stores_positions else 0
         family, generator = teacher.family, torch.Generator().manual_seed(0)
 
@@ -88,9 +89,10 @@ class Stub(list[Trajectory]):
 
         prompt = {name: drawn(*own) for name, own in family.conditioning(teacher.config).items()}
         size = {name: x[0].to(device) for name, x in family.of_size(*teacher.size()).items()}
-        positions = drawn(slots + 1, *shape), drawn(slots, *shape)
-        super().__init__([Trajectory(*positions, prompt | size, "", 0, 0)])
         self.unconditional: Conditioning = {name: value[None] for name, value in prompt.items()}
+        for shape in sorted(shapes, key=math.prod, reverse=True):
+            positions = drawn(slots + 1, *shape), drawn(slots, *shape)
+            self.append(Trajectory(*positions, prompt | size, "", 0, 0))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -105,7 +107,7 @@ def without_weights(teacher: Teacher) -> Teacher:
 
 def teacher_pass(config: Config, backbone: Backbone, store: Stub, rows: int) -> Callable[[], None]:
     """One fine step of a rollout: what the network does in it."""
-    batch = Batch.of(store * rows, backbone.device)
+    batch = Batch.of([store[0]] * rows, backbone.device)
     denoiser = guided(backbone, store.unconditional, config.trajectories.guidance_scale)
 
     def work() -> None:
@@ -127,13 +129,13 @@ def kinds(method: Method) -> dict[str, list[int]]:
 
 def make_plan(config: Config, teacher: Teacher) -> Plan:
     """Counts what a run of this configuration costs."""
-    settings, store = config.trajectories, Stub(config, teacher, "meta")
+    store, settings = Stub(config, teacher, "meta"), config.trajectories
     backbone = load_backbone(without_weights(teacher), config, "meta")
     network = bytes_of(backbone.network.state_dict().values())
     rows = min(settings.batch_size, settings.count)
     of_pass, activations = count(teacher_pass(config, backbone, store, rows))
     method = METHODS[config.method](config, backbone, teacher.schedule, store)
-    batch = Batch.of(store * config.training.batch_size, backbone.device)
+    batch = Batch.of([store[0]] * config.training.batch_size, backbone.device)
     learners, iterations, flops, peak = method.learners.values(), kinds(method), 0, 0
     for numbers in iterations.values():
         step = partial(method.training_step, numbers[0], batch, seeded("rapm plan"))
@@ -150,26 +152,20 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     rollout = {"network": network, f"activations of {rows}": activations} if steps else {}
     training = {"network": network, **learnt, "gradients and activations": peak}
     others = _other_stages(config, teacher, store[0].absolute[:1], activations)
+    positions = sum(bytes_of((row.absolute, row.intermediate)) for row in store if steps)
+    prompt, kept = bytes_of(store.unconditional.values()), config.training.keep_checkpoints + 1
+    disk = {
+        "positions": positions * settings.count // len(store),
+        "prompts' embeddings, at most": prompt * (settings.count + 1),
+        f"checkpoints, {kept}": kept * sum(learnt.values()),  # One is written before one goes.
+    }
     return Plan(
-        disk=_disk(config, teacher, bool(steps), sum(learnt.values())),
+        disk=disk,
         memory={"trajectories": rollout, "training": training, **others},
         calls=steps * settings.count,
         iterations={name: len(numbers) for name, numbers in iterations.items()},
         flops={"trajectories": steps * settings.count * of_pass / rows, "training": float(flops)},
     )
-
-
-def _disk(config: Config, teacher: Teacher, positions: bool, checkpoint: int) -> dict[str, int]:
-    """Bytes of everything that is kept, without the headers of files."""
-    settings, kept = config.trajectories, config.training.keep_checkpoints + 1
-    latents = [math.prod(teacher.latent_shape(size)) for size in settings.sizes()]
-    stored = positions * (2 * settings.slots + 1) * sum(latents) / len(latents)
-    prompt = sum(map(math.prod, teacher.family.conditioning(teacher.config).values()))
-    return {
-        "positions": int(4 * stored * settings.count),
-        "prompts' embeddings, at most": 4 * prompt * (settings.count + 1),
-        f"checkpoints, {kept}": checkpoint * kept,  # The oldest goes once the newest is whole.
-    }
 
 
 def _other_stages(config: Config, teacher: Teacher, z: Tensor, sampling: int) -> Memory:
@@ -188,10 +184,7 @@ def _other_stages(config: Config, teacher: Teacher, z: Tensor, sampling: int) ->
 
 
 def check_room(plan: Plan, config: Config, out: Path) -> None:
-    """
-    Raises:
-        UserError: disk or memory cannot suffice.
-    """
+    """Raises UserError where disk or memory cannot suffice."""
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     needed, free = sum(plan.disk.values()) - there, shutil.disk_usage(folder).free
@@ -231,7 +224,7 @@ def in_words(size: float) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a fine step of one trajectory and of iterations; a GPU's bytes at the peak."""
+    """Seconds of a fine step of one trajectory and of iterations, and bytes at the peak."""
 
     fine_step: float
     iterations: Mapping[str, float]
@@ -239,13 +232,16 @@ class Measured:
 
 
 def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
-    """Makes real passes and iterations on the run's own device, with random weights."""
+    """Makes real passes and iterations on the run's own device; the first are not timed.
+
+    Weights are random. On a CPU the peak is that of the whole process.
+    """
     device, settings = config.torch_device, config.trajectories
     store, rows = Stub(config, teacher, device), min(settings.batch_size, settings.count)
     backbone = load_backbone(without_weights(teacher), config, device)
     fine_step = duration(teacher_pass(config, backbone, store, rows), device, repeats) / rows
     method = METHODS[config.method](config, backbone, teacher.schedule, store)
-    batch = Batch.of(store * config.training.batch_size, backbone.device)
+    batch = Batch.of([store[0]] * config.training.batch_size, backbone.device)
     if config.training.compile:
         compile_blocks(backbone)
 
@@ -256,18 +252,27 @@ def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
 
     own = {name: partial(iteration, numbers[0]) for name, numbers in kinds(method).items()}
     seconds = {name: duration(work, device, repeats) for name, work in own.items()}
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
     return Measured(fine_step, seconds, peak)
+
+
+def peak_of_process() -> int:
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held
 
 
 def duration(work: Callable[[], object], device: str, repeats: int) -> float:
     """The median of ``repeats`` after one that is not counted."""
-    taken, wait = [], torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken = []
     for _ in range(repeats + 1):
-        wait()
         started = time.perf_counter()
         work()
-        wait()
+        if device == "cuda":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
 
@@ -305,6 +310,5 @@ def render(plan: Plan, config: Config, gpus: Gpus, measured: Measured | None = N
         lines += [f"  {'measured here':36} {hours[0]:12.2f} {hours[1]:10.2f}"]
         lines += [f"Measured here, {where}"]
         lines += [f"  {name:36} {taken:10.3f} s" for name, taken in seconds.items()]
-        if measured.peak:
-            lines += [f"  {'memory at the peak':36} {in_words(measured.peak):>12}"]
+        lines += [f"  {'memory at the peak':36} {in_words(measured.peak):>12}"]
     return "\n".join(lines)

@@ -146,8 +146,13 @@ def describe_prompts(run: Run) -> str:
 # ---- trajectories
 
 
+def facts_of(config: Config) -> dict[str, Any]:
+    """All that a run's trajectories depend on, as JSON: equal facts, equal trajectories."""
+    teacher = teacher_of(config)
+    return _facts(config, teacher, _prompts(config, teacher))
+
+
 def _facts(config: Config, teacher: Teacher, prompts: PromptList) -> dict[str, Any]:
-    """All that trajectories depend on."""
     used = prompts.prompts[: config.trajectories.count]
     listed = json.dumps([[prompt.text, prompt.seed] for prompt in used])
     digest = hashlib.sha256(listed.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Builds the embedded world from nothing: ``python tools/toy/build.py --out DIR``.
+"""Builds the toy data set from nothing: ``python tools/toy/build.py --out DIR``.
 
 The stages render the pools of scenes, train the oracle, the VAE, the text encoder and the UNet, and
 write the StableDiffusionPipeline folder and the oracle. A stage that was stopped goes on, and one

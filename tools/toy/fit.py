@@ -1,4 +1,4 @@
-"""A small trainer for the networks of the embedded world: AdamW, averaged weights, exact resume."""
+"""A small trainer for the networks of the toy data set: AdamW, averaged weights, exact resume."""
 
 from __future__ import annotations
 

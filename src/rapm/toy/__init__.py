@@ -1,4 +1,4 @@
-"""The embedded world: scenes rendered by code, a teacher trained on them, an oracle that reads
+"""The toy data set: scenes rendered by code, a teacher trained on them, an oracle that reads
 them."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The oracle of the embedded world: a small network that reads a scene back out of a picture.
+"""The oracle of the toy data set: a small network that reads a scene back out of a picture.
 
 It serves two ends. Its *reading* (number of objects, each one's colour and shape, the ground) gives
 caption accuracy, the toy world's CLIP score. Its *features* serve FID and diversity: 64 numbers of

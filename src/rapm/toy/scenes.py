@@ -1,4 +1,4 @@
-"""The renderer of the embedded world: 64 x 64 scenes of one to three objects on a textured ground.
+"""The renderer of the toy data set: 64 x 64 scenes of one to three objects on a textured ground.
 
 A caption names what is there (count, colours, shapes, ground) and leaves positions, sizes and
 angles open. That freedom is what makes few-step sampling of a teacher hard: the mean of many
