@@ -47,12 +47,12 @@ from rapm.doctor import cpu_has_bfloat16
 from rapm.estimate import (
     Stub,
     bytes_of,
-    duration,
     make_plan,
     teacher_pass,
     without_weights,
 )
 from rapm.io import write_json
+from rapm.measure import duration
 from rapm.methods import METHODS, Batch, Method
 from rapm.models.resolve import architecture_of
 from rapm.models.teacher import Teacher, load_backbone

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rapm.estimate import peak_of_process
+from rapm.measure import peak_of_process
 
 
 def processor() -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import runs
 from markers import markdown
 from paper import TABLES
-from runs import RESULTS, Spec
 
+import runs
 from rapm.io import write_text
+from runs import RESULTS, Spec
 
 Line = Mapping[str, Any]
 SCORES = {  # by their names in a line: title, digits

@@ -27,10 +27,10 @@ from rapm.estimate import (
     check_room,
     kinds,
     make_plan,
-    measure,
     render,
     teacher_pass,
 )
+from rapm.measure import measure
 from rapm.methods import METHODS, Batch
 from rapm.models.resolve import architecture_of, teacher_of
 from rapm.models.teacher import load_backbone

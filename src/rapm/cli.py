@@ -71,8 +71,9 @@ def distill(
     """The whole chain: trajectories, training, export, pictures."""
     config = chosen()
     from rapm import pipeline
-    from rapm.estimate import check_room, gpus_here, make_plan, render
+    from rapm.estimate import check_room, make_plan, render
     from rapm.export import exported
+    from rapm.measure import gpus_here
     from rapm.models.resolve import teacher_of
 
     run = _open_run(config, out)
@@ -139,12 +140,13 @@ def plan(
     """What a run would cost: disk, memory, network calls, hours. Loads no weights."""
     config = chosen()
     from rapm import estimate
+    from rapm import measure as measuring
     from rapm.models.resolve import architecture_of
 
     teacher = architecture_of(config)
     planned = estimate.make_plan(config, teacher)
-    gpus = estimate.gpus_here() or estimate.GPUS
-    measured = estimate.measure(config, teacher) if measure else None
+    gpus = measuring.gpus_here() or estimate.GPUS
+    measured = measuring.measure(config, teacher) if measure else None
     print(estimate.render(planned, config, gpus, measured))
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from torch import Tensor
 
-from rapm.compiled import compile_blocks
 from rapm.config import Config
 from rapm.counting import count
 from rapm.errors import UserError
@@ -30,11 +27,13 @@ from rapm.methods import METHODS, Batch, Method
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import TEACHER, Backbone
 from rapm.sampling import Conditioning, guided, seeded
-from rapm.train import gradients
 from rapm.trajectories import Trajectory
 
 Gpus = Mapping[str, tuple[float, float]]
 Memory = Mapping[str, Mapping[str, int]]
+if TYPE_CHECKING:
+    from rapm.measure import Measured
+
 # Dense bfloat16 rate, TFLOP/s, and memory, GiB, as their makers state them.
 GPUS: Gpus = {
     "RTX 3060 12 GB": (25.5, 12),
@@ -157,7 +156,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     disk = {
         "positions": positions * settings.count // len(store),
         "prompts' embeddings, at most": prompt * (settings.count + 1),
-        f"checkpoints, {kept}": kept * sum(learnt.values()),  # One is written before one goes.
+        f"checkpoints, {kept}": kept * sum(learnt.values()),  # The oldest goes last.
     }
     return Plan(
         disk=disk,
@@ -208,73 +207,9 @@ def memory_here(config: Config) -> int:
     return psutil.virtual_memory().total
 
 
-def gpus_here() -> Gpus:
-    """The GPU here: its rate at a large bfloat16 product, TFLOP/s, and memory, GiB. {}: none."""
-    if not torch.cuda.is_available():
-        return {}
-    square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    rate = 2 * 4096**3 / duration(lambda: square @ square, "cuda", 5) / 1e12
-    return {torch.cuda.get_device_name(): (rate, torch.cuda.mem_get_info()[1] / 2**30)}
-
-
 def in_words(size: float) -> str:
     """A number of bytes in words; what is small in MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 1 << 27 else f"{size / 2**20:.1f} MiB"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of a fine step of one trajectory and of iterations, and bytes at the peak."""
-
-    fine_step: float
-    iterations: Mapping[str, float]
-    peak: int
-
-
-def measure(config: Config, teacher: Teacher, repeats: int = 3) -> Measured:
-    """Makes real passes and iterations on the run's own device; the first are not timed.
-
-    Weights are random. On a CPU the peak is that of the whole process.
-    """
-    device, settings = config.torch_device, config.trajectories
-    store, rows = Stub(config, teacher, device), min(settings.batch_size, settings.count)
-    backbone = load_backbone(without_weights(teacher), config, device)
-    fine_step = duration(teacher_pass(config, backbone, store, rows), device, repeats) / rows
-    method = METHODS[config.method](config, backbone, teacher.schedule, store)
-    batch = Batch.of([store[0]] * config.training.batch_size, backbone.device)
-    if config.training.compile:
-        compile_blocks(backbone)
-
-    def iteration(k: int) -> None:
-        gradients(method, k, batch)
-        for name in method.learning(k):
-            method.learners[name].step(0.0)
-
-    own = {name: partial(iteration, numbers[0]) for name, numbers in kinds(method).items()}
-    seconds = {name: duration(work, device, repeats) for name, work in own.items()}
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_of_process()
-    return Measured(fine_step, seconds, peak)
-
-
-def peak_of_process() -> int:
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else 1024 * held
-
-
-def duration(work: Callable[[], object], device: str, repeats: int) -> float:
-    """The median of ``repeats`` after one that is not counted."""
-    taken = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
 
 
 def render(plan: Plan, config: Config, gpus: Gpus, measured: Measured | None = None) -> str:
