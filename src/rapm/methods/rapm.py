@@ -112,7 +112,7 @@ class Rapm(Method):
         at_phi, at_hat = torch.zeros_like(z_phi), torch.zeros_like(z_hat)
         for term, target in targets.items():
             w = self.by_slot(self.weights[term], slots, len(z_phi) // len(slots))
-            if not w.any():
+            if not any(self.weights[term][n] for n in slots):
                 continue
             phi, goal = z_phi.detach().requires_grad_(), target.detach().requires_grad_()
             distance = self.distance(phi, goal)  # d(z_n^phi, target)
