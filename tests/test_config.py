@@ -131,10 +131,10 @@ def test_a_papers_preset_is_of_its_method_alone(name, tmp_path):
 
 def test_a_presets_file_for_one_method_is_for_that_one_alone():
     rapm, midpoint = written("presets/toy.rapm"), written("presets/toy.midpoint")
-    assert rapm["trajectories.count"] == 96 and midpoint["midpoint.weight"] == [4, 1, 1, 1]
+    assert rapm["trajectories.count"] == 64 and midpoint["midpoint.weight"] == [4, 1, 1, 1]
     assert load(method="midpoint").trajectories.count == 4000
     assert load(method="midpoint").midpoint.weight == [4, 1, 1, 1]
-    assert load(method="rapm").trajectories.count == 96
+    assert load(method="rapm").trajectories.count == 64
     assert load(method="rapm").midpoint.weight == 1.0
     assert load(preset="sdxl-12gb", method="midpoint").midpoint.weight == 1.0
 
