@@ -34,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from baselines import Pictures, pcm
 from machine import Memory, processor, timed
 from markers import markdown, replace_between
-from torch import Tensor, nn
-
 from rapm import settings
 from rapm.compiled import compile_blocks
 from rapm.config import Config

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import runs
 from markers import markdown
 from paper import TABLES
-
-import runs
 from rapm.io import write_text
 from runs import RESULTS, Spec
 

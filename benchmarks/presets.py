@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import get_args
 
 from markers import markdown
-
 from rapm import settings
 from rapm.config import MethodName
 from rapm.errors import UserError

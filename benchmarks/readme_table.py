@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from markers import markdown, replace_between
-
 from rapm.toy import ASSETS
 
 FIGURES = ASSETS / "figures-test.json"  # python tools/toy/score.py

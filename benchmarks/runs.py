@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Pictures, dmd2, lcm, pcm, regression
 from filelock import FileLock
-from machine import processor
-from scoring import rollout_seconds, scorer, seconds_of
 
+from baselines import Pictures, dmd2, lcm, pcm, regression
+from machine import processor
 from rapm import settings
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError
@@ -50,6 +49,7 @@ from rapm.toy.scenes import Split
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, fingerprint
 from rapm.versions import versions
+from scoring import rollout_seconds, scorer, seconds_of
 
 RESULTS = Path(__file__).parent / "results"
 OTHERS = ("pcm", "lcm", "regression", "dmd2")  # methods that are not the library's

@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from baselines import Baseline, with_noise
 from torch import Tensor
 
+from baselines import Baseline, with_noise
 from rapm.errors import NonFinite
 from rapm.evaluate import toy as protocol
 from rapm.evaluate.metrics import frechet_distance

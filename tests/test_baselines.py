@@ -7,15 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import paper
 import pytest
 import torch
-from baselines import Baseline, Pictures, dmd2, lcm, one_in_each_slot, pcm, regression
-from conftest import changed, make_scheduler, make_unet
-from scoring import StochasticSampler, seconds_of
 from torch import Tensor
 
+import paper
 import runs
+from baselines import Baseline, Pictures, dmd2, lcm, one_in_each_slot, pcm, regression
+from conftest import changed, make_scheduler, make_unet
 from rapm import settings
 from rapm.config import Config
 from rapm.losses import pseudo_huber
@@ -29,6 +28,7 @@ from rapm.sampling import picture_noise
 from rapm.schedule import Grid, Schedule
 from rapm.trajectories import TrajectoryStore
 from runs import Points, Spec
+from scoring import StochasticSampler, seconds_of
 
 GRID = Grid(slots=2, fine_steps=3)
 SCALE = 5.0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed
 from PIL import Image
 
+from conftest import changed
 from rapm.cli import main
 from rapm.pipeline import make_trajectories
 from rapm.run import Run

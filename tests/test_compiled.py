@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_backbone
-from test_methods import EVEN, ODD, found, make_method
-from test_network import inputs
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+from conftest import make_backbone
 from rapm.compiled import check_compiled, compile_blocks
 from rapm.errors import UserError
 from rapm.methods import Batch, Method
@@ -21,6 +19,8 @@ from rapm.models.stable_diffusion import UNET_LORA_TARGETS
 from rapm.network import STUDENT
 from rapm.quantize import quantize
 from rapm.sampling import seeded
+from test_methods import EVEN, ODD, found, make_method
+from test_network import inputs
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed
 
+from conftest import changed
 from rapm import settings
 from rapm.config import Config, Section, keys, unread
 from rapm.errors import UserError

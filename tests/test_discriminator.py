@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_backbone, make_conditioning
 from torch import nn
 
+from conftest import make_backbone, make_conditioning
 from rapm.discriminator import AddedNoise, Discriminator, Head, Heads
 from rapm.network import TEACHER
 from rapm.schedule import END, Grid, Schedule

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, changed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import SMALL, changed
 from rapm.config import Config
 from rapm.counting import count
 from rapm.doctor import examine

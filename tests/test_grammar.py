@@ -6,12 +6,12 @@ import re
 import sys
 from pathlib import Path
 
-import generate
 import pytest
+
+import generate
+import rapm.prompts
 import words
 from grammar import LONGEST, _a, _tag, compose
-
-import rapm.prompts
 from rapm.cli import main
 from rapm.errors import UserError
 from rapm.prompts import shipped

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALL, make_backbone, make_conditioning, make_unet, shake
 from peft import LoraConfig
 from torch import Tensor
 
+from conftest import CALL, make_backbone, make_conditioning, make_unet, shake
 from rapm import losses
 from rapm.config import Config
 from rapm.methods import METHODS, Batch, Method

@@ -11,12 +11,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import SMALL, make_lora
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from ldm import save_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import SMALL, make_lora
+from ldm import save_single_file
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.models import sources, stable_diffusion

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SMALL, make_backbone, make_conditioning, make_unet, shake
 from torch import Tensor
 
+from conftest import SMALL, make_backbone, make_conditioning, make_unet, shake
 from rapm.models.stable_diffusion import UNET_LORA_TARGETS, unet_feature_layers
 from rapm.network import STUDENT, TEACHER
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_unet
 from torch import Tensor, nn
 
+from conftest import make_unet
 from rapm.errors import NonFinite, UserError
 from rapm.io import load_tensors, save_tensors
 from rapm.models.stable_diffusion import FAMILY

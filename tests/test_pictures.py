@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import changed
 from PIL import Image
 
+from conftest import changed
 from rapm import pictures
 from rapm.config import Config
 from rapm.errors import UserError

@@ -9,9 +9,9 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import CALL, SMALL, make_backbone, make_conditioning, make_unet, shake
 from torch import Tensor, nn
 
+from conftest import CALL, SMALL, make_backbone, make_conditioning, make_unet, shake
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.models.stable_diffusion import UNET_LORA_TARGETS, unet_feature_layers

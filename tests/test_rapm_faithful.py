@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import changed, make_unet
 from peft import LoraConfig
 from torch import Tensor
 
+from conftest import changed, make_unet
 from rapm import pipeline
 from rapm.config import Config
 from rapm.models.resolve import teacher_of

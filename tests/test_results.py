@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, changed, make_lora
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import rapm
+from conftest import SMALL, changed, make_lora
 from rapm import settings
 from rapm.config import Config
 from rapm.errors import UserError

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import make_scheduler
-from gaussian import Gaussian, Mixture
 from torch import Tensor
 
+from conftest import make_scheduler
+from gaussian import Gaussian, Mixture
 from rapm.rollout import rollout
 from rapm.sampling import ddim, guided, noise, picture_noise, repeat, sample, seeded
 from rapm.schedule import END, Grid, Schedule, trailing_timesteps

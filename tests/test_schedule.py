@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from gaussian import Gaussian, Mixture
 
+from gaussian import Gaussian, Mixture
 from rapm.schedule import END, Grid, Schedule, trailing_timesteps
 
 DIVISORS = [1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500, 1000]

@@ -11,17 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
-import build
 import numpy as np
 import pytest
-import score
 import torch
-from build import blur, to_tensor
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from fit import Stage, fit
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import build
+import score
+from build import blur, to_tensor
+from fit import Stage, fit
 from rapm import network
 from rapm.config import MethodName
 from rapm.errors import UserError

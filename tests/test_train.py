@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import changed
 
 import rapm.train as training
+from conftest import changed
 from rapm import settings
 from rapm.config import Config
 from rapm.errors import NonFinite, UserError

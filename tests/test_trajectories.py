@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from conftest import changed
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.models.resolve import resolve_teacher

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rapm.errors import UserError
 from rapm.io import complete_or_absent
-from rapm.memory import is_out_of_memory
+from rapm.memory import is_out_of_memory, within_memory
 from rapm.methods import Method
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher
@@ -144,34 +144,30 @@ def show_trajectories(run: Run, count: int) -> Path:
     Raises:
         UserError: there are no stored positions.
     """
-    store, teacher, grid = (
-        TrajectoryStore.open(run.trajectories),
-        teacher_of(run.config),
-        run.config.grid(),
-    )
+    config, grid = run.config, run.config.grid()
+    store, teacher = TrajectoryStore.open(run.trajectories), teacher_of(config)
     if not store.manifest["shard_size"]:
         raise UserError(
-            f"method '{run.config.method}' stores no trajectories: there is nothing to show"
+            f"method '{config.method}' stores no trajectories: there is nothing to show"
         )
     slots, rows = list(range(grid.slots))[::-1], []
+    times = ", ".join(str(grid.coarse(n + 1)) for n in slots)
 
     def predicted(row: Trajectory, n: int) -> Tensor:
         ends = row.absolute[n + 1][None], row.intermediate[n][None]
         return teacher.schedule.x0_of_step(*ends, grid.coarse(n + 1), grid.intermediate(n))[0]
 
+    device = torch.device(config.torch_device)
     for k in range(min(count, len(store))):
         row = store[k]
-        positions = row.absolute.flip(0)
         clean = torch.stack([*(predicted(row, n) for n in slots), row.absolute[0]])
-        both = torch.cat([positions, clean])
-        images = decode(
-            teacher, both, run.config.torch_dtype, torch.device(run.config.torch_device)
-        )
+        both = torch.cat([row.absolute.flip(0), clean])
+        with within_memory(config, "pictures"):
+            images = decode(teacher, both, config.torch_dtype, device)
         pictures = to_pictures(images, 128)
-        times = ", ".join(str(grid.coarse(n)) for n in range(grid.slots, 0, -1))
         rows += [
-            (f"{row.prompt}: positions at {times} and the end", pictures[: len(positions)]),
-            ("the clean picture predicted there", pictures[len(positions) :]),
+            (f"{row.prompt}: positions at {times} and the end", pictures[: len(clean)]),
+            ("the clean picture predicted there", pictures[len(clean) :]),
         ]
     file = run.samples / "trajectories.png"
     image_grid(rows, file)

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from fit import Stage, fit
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from fit import Stage, fit
 from rapm.doctor import cpu_has_bfloat16
 from rapm.io import (
     complete_or_absent,

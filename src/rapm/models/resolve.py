@@ -94,6 +94,18 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
     captions = scenes.captions if source == "toy" else None
     schedule = _schedule(source, folder)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, schedule, mark, captions)
+    _check_claims(teacher, config)
+    _check_channels(teacher)
+    return teacher
+
+
+def _check_claims(teacher: Teacher, config: str) -> None:
+    """Holds what a single file says of itself against the configs that go with it.
+
+    Raises:
+        UserError: they differ.
+    """
+    source, checkpoint = teacher.source, teacher.checkpoint
     told = header_of(checkpoint) if checkpoint else {}
     # Metadata are easily carried on by merges, so they count where nothing else was said.
     says_v = (
@@ -118,13 +130,21 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
             f"configs do not; name a folder "
             "whose scheduler has rescale_betas_zero_snr true with --teacher-config"
         )
+
+
+def _check_channels(teacher: Teacher) -> None:
+    """
+    Raises:
+        UserError: network and VAE do not go together.
+    """
+    source = teacher.source
     channels = (
-        teacher.config(family.network).get("in_channels"),
+        teacher.config(teacher.family.network).get("in_channels"),
         teacher.config("vae").get("latent_channels"),
     )
     if None in channels:
         raise UserError(
-            f"teacher '{source}': the config of its {family.network} or vae is incomplete"
+            f"teacher '{source}': the config of its {teacher.family.network} or vae is incomplete"
         )
     if channels[0] != channels[1]:
         raise UserError(
@@ -132,7 +152,6 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
             f"an inpainting or editing "
             "model, not a text-to-image one"
         )
-    return teacher
 
 
 def teacher_of(config: Config) -> Teacher:
