@@ -25,6 +25,8 @@ class Family:
             none.
         lora_targets: names of the modules that get LoRA: all attention, feed-forward and
             convolution layers.
+        lora_names: ``(network) -> {module's path: name}`` in kohya's files, without ``lora_unet_``,
+            for each naming that such files have; the first is written.
         feature_layers: paths of the modules whose outputs discriminators read, in a network.
         call: runs the network: ``(network, z, t, conditioning) -> prediction``.
         encode: ``(pipeline, prompts) -> conditioning`` of each prompt, tensors [n, ...] on the CPU.
@@ -48,6 +50,7 @@ class Family:
     text_parts: tuple[str, ...]
     single_file: tuple[str, ...]
     lora_targets: tuple[str, ...]
+    lora_names: Callable[[nn.Module], tuple[dict[str, str], ...]]
     feature_layers: Callable[[nn.Module], list[str]]
     call: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]]

@@ -16,8 +16,9 @@ from rapm import toy
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.io import load_metadata
+from rapm.models.lora import PICKLES, find_lora
 from rapm.models.sources import check_parts, family_of, from_hub, header_of, layout_of_checkpoint
-from rapm.models.teacher import Lora, Teacher, ddim_scheduler, weights_of
+from rapm.models.teacher import Teacher, ddim_scheduler, weights_of
 from rapm.schedule import PredictionType, Schedule
 from rapm.toy import scenes
 
@@ -27,14 +28,6 @@ PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
 }
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_PLAIN_LORA = (
-    ".alpha",
-    *(
-        f".{half}.weight"
-        for half in ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up")
-    ),
-)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -86,7 +79,7 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
     family = family_of(source, folder)
     if not random:
         check_parts(source, folder, family, weights=checkpoint is None)
-    parts = tuple(_lora(text) for text in loras)
+    parts = tuple(find_lora(text) for text in loras)
     files = [*([checkpoint] if checkpoint else []), *(lora.file for lora in parts)]
     mark = _fingerprint(
         folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None
@@ -193,29 +186,6 @@ def _schedule(source: str, folder: Path) -> Schedule:
             f"terminal SNR with epsilon)"
         )
     return Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, kind)
-
-
-def _lora(text: str) -> Lora:
-    """``FILE`` or ``FILE:STRENGTH``."""
-    name, _, last = text.rpartition(":")
-    try:
-        file, strength = (Path(name), float(last)) if name else (Path(text), 1.0)
-    except ValueError:  # the colon belongs to the path
-        file, strength = Path(text), 1.0
-    if file.suffix.lower() in PICKLES:
-        raise UserError(
-            f"LoRA {file} is a pickle, which may run code when it is opened; convert it to "
-            f".safetensors first"
-        )
-    if not file.is_file():
-        raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
-    strange = [name for name in header_of(file) if not name.endswith(_PLAIN_LORA)]
-    if strange:  # diffusers drops some of these without a word
-        raise UserError(
-            f"LoRA {file} holds '{strange[0]}', which is no plain LoRA's (a DoRA, LoHa, LoKr or "
-            f"another kind)"
-        )
-    return Lora(file, strength)
 
 
 @cache

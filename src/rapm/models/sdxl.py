@@ -18,6 +18,7 @@ from rapm.models.stable_diffusion import (
     prompt_embeds_shape,
     unet_feature_layers,
     unet_latent_shape,
+    unet_names,
 )
 from rapm.sampling import Conditioning
 
@@ -64,6 +65,8 @@ FAMILY = Family(
     text_parts=("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
     single_file=("xl_base",),
     lora_targets=UNET_LORA_TARGETS,
+    # In the original network's names every program reads all of its layers.
+    lora_names=lambda network: unet_names(network)[::-1],
     feature_layers=unet_feature_layers,
     call=_call,
     encode=_encode,

@@ -25,6 +25,45 @@ UNET_LORA_TARGETS = (
 )
 
 
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "time_emb_proj": "emb_layers.1",
+}
+
+
+def unet_names(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Names of a UNet's layers that LoRA goes to: diffusers' own, and the original network's."""
+    unet: Any = network
+    blocks = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    blocks["mid_block.attentions.0"] = "middle_block.1"
+    number = 1
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
+            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
+            number += 1
+        blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+        number += 1
+    number = 0
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
+            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
+            number += 1
+        place = 1 + hasattr(block, "attentions")
+        blocks[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{number - 1}.{place}"
+    names = {}
+    for path, _ in unet.named_modules():
+        start = next((old for old in blocks if path == old or path.startswith(f"{old}.")), None)
+        if start is not None:
+            rest = path.removeprefix(start).removeprefix(".")
+            rest = _RESNET.get(rest, rest) if ".resnets." in start else rest
+            names[path] = ".".join(filter(None, (blocks[start], rest)))
+    return {path: path for path, _ in unet.named_modules()}, names
+
+
 def unet_feature_layers(network: nn.Module) -> list[str]:
     """Every down block and the middle block, as in PCM for SDXL; the forward stops there."""
     blocks: Any = network.down_blocks
@@ -112,6 +151,7 @@ FAMILY = Family(
     text_parts=("tokenizer", "text_encoder"),
     single_file=("v1", "v2"),
     lora_targets=UNET_LORA_TARGETS,
+    lora_names=unet_names,
     feature_layers=unet_feature_layers,
     call=_call,
     encode=_encode,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
-import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,11 +14,11 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from torch import Tensor
 
 from rapm.config import Config
 from rapm.errors import UserError, first_line
 from rapm.models import Family
+from rapm.models.lora import Lora, fuse
 from rapm.network import Backbone
 from rapm.quantize import quantize
 from rapm.schedule import Schedule
@@ -37,14 +33,6 @@ _UNREADABLE = (
     SafetensorError,
     HfHubHTTPError,
 )
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA that is fused into the teacher before anything else."""
-
-    file: Path
-    strength: float
 
 
 @dataclass(frozen=True)
@@ -144,9 +132,9 @@ class Teacher:
                 f"teacher '{self.source}' cannot be loaded: {first_line(error)}"
             ) from None
         pipeline.set_progress_bar_config(disable=True)
-        fusible = [part for part in self.family.pipeline._lora_loadable_modules if part in parts]
-        for lora in self.loras if fusible else ():
-            self._fuse(pipeline, fusible, lora)
+        fusible = [part for part in parts if part.startswith((self.family.network, "text_encoder"))]
+        for lora in self.loras:
+            fuse(lora, {p: getattr(pipeline, p) for p in fusible}, self.family, self.source)
         return pipeline
 
     def _variant(self, parts: Sequence[str]) -> str | None:
@@ -198,65 +186,6 @@ class Teacher:
         finally:
             torch.set_default_dtype(before)
         return model.eval()
-
-    def _fuse(self, pipeline: Any, parts: Sequence[str], lora: Lora) -> None:
-        """diffusers passes over keys it does not know in silence; here every key must have found
-        its place."""
-        mixin, refused = type(pipeline), f"LoRA {lora.file} does not fit teacher '{self.source}'"
-        config = SimpleNamespace(**self.config(self.family.network))
-        loud = diffusers.utils.logging.get_verbosity()
-        # Its many lines of a mismatch would come before our one.
-        diffusers.utils.logging.set_verbosity(logging.CRITICAL)
-        try:
-            state, alphas, metadata = mixin.lora_state_dict(
-                str(lora.file), unet_config=config, use_safetensors=True, return_lora_metadata=True
-            )
-            strangers = [
-                key
-                for key in state
-                if not key.startswith(tuple(f"{p}." for p in mixin._lora_loadable_modules))
-            ]
-            if strangers or not state:
-                raise UserError(
-                    f"{refused}: {strangers[0] if strangers else 'the file'} belongs to no part of "
-                    f"it"
-                )
-            for part in parts:
-                own = [key for key in state if key.startswith(f"{part}.")]
-                if not own:
-                    continue
-                model = getattr(pipeline, part)
-                given: Any = {"network_alphas": alphas, "metadata": metadata}
-                given["adapter_name"] = "fused"
-                if part == self.family.network:
-                    mixin.load_lora_into_unet(state, unet=model, **given)
-                else:
-                    mixin.load_lora_into_text_encoder(
-                        state, text_encoder=model, prefix=part, **given
-                    )
-                placed = Counter(
-                    _digest(p) for name, p in model.named_parameters() if ".fused." in name
-                )
-                lost = Counter(_digest(state[key].to(model.dtype)) for key in own) - placed
-                if lost:
-                    raise UserError(
-                        f"{refused}: {lost.total()} of its {len(own)} tensors found no place in "
-                        f"{part}"
-                    )
-            pipeline.fuse_lora(components=parts, lora_scale=lora.strength, safe_fusing=True)
-            pipeline.unload_lora_weights()
-        except UserError:
-            raise
-        except _UNREADABLE as error:
-            raise UserError(f"{refused}: {first_line(error)}") from None
-        finally:
-            diffusers.utils.logging.set_verbosity(loud)
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(
-        tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
 
 
 def ddim_scheduler(config: Any) -> Any:

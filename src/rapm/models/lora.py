@@ -1,0 +1,172 @@
+"""LoRAs of others, fused into a teacher: W + strength * alpha / rank * up @ down in every layer.
+
+Read are the names of diffusers and peft, of diffusers before peft, and of kohya's sd-scripts. The
+last go by diffusers' modules or by the original network's. Every tensor finds its place, or the
+file is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rapm.errors import UserError
+from rapm.io import load_metadata, load_tensors
+from rapm.models import Family
+from rapm.models.sources import header_of
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_HALF = re.compile(r"(.+)[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
+_ALPHA = re.compile(r"(.+?)(?:[._]lora)?\.alpha")
+_KINDS = {"dora": "a DoRA", "magnitude": "a DoRA", "hada": "a LoHa", "lokr": "a LoKr"}
+_PAIR = ("down", "up")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that is fused into the teacher before anything else."""
+
+    file: Path
+    strength: float
+
+
+def find_lora(text: str) -> Lora:
+    """``FILE`` or ``FILE:STRENGTH``.
+
+    Raises:
+        UserError: there is no such file, or it is no plain LoRA.
+    """
+    name, _, last = text.rpartition(":")
+    try:
+        file, strength = (Path(name), float(last)) if name else (Path(text), 1.0)
+    except ValueError:  # the colon belongs to the path
+        file, strength = Path(text), 1.0
+    if file.suffix.lower() in PICKLES:
+        raise UserError(
+            f"LoRA {file} is a pickle, which may run code when it is opened; convert it to "
+            f".safetensors first"
+        )
+    if not file.is_file():
+        raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
+    for name in header_of(file):
+        if not (_HALF.fullmatch(name) or _ALPHA.fullmatch(name)):
+            kind = next((kind for mark, kind in _KINDS.items() if mark in name), "")
+            raise UserError(
+                f"LoRA {file} holds '{name}', which is no plain LoRA's"
+                + (kind and f" but {kind}'s")
+            )
+    return Lora(file, strength)
+
+
+@torch.no_grad()
+def fuse(lora: Lora, models: Mapping[str, nn.Module], family: Family, source: str) -> None:
+    """Adds a LoRA to the weights of a teacher's parts.
+
+    Args:
+        models: the parts that are loaded; what belongs to the others waits for them.
+        source: the teacher, as the user gave it.
+
+    Raises:
+        UserError: a tensor finds no place, has another shape than its layer, or is not finite.
+    """
+    refused = f"LoRA {lora.file} does not fit teacher '{source}'"
+    described = json.loads(load_metadata(lora.file).get("lora_adapter_metadata", "{}"))
+    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in load_tensors(lora.file).items():
+        layer, half = _split(name)
+        grouped[layer][half] = value
+    places = {part: _names(part, model, family) for part, model in models.items()}
+    for layer, halves in grouped.items():
+        part = _part_of(layer, family)
+        if part is None:
+            raise UserError(f"{refused}: {layer} belongs to no part of it")
+        if not halves.keys() >= {*_PAIR}:
+            raise UserError(f"{refused}: of {layer} there is one half alone")
+        if part not in models:
+            continue
+        if layer not in places[part]:
+            lost = [name for name in grouped if _part_of(name, family) == part]
+            lost = [name for name in lost if name not in places[part]]
+            raise UserError(
+                f"{refused}: {len(lost)} of its layers found no place in {part}, {layer} for one"
+            )
+        path, module = places[part][layer]
+        down, up = (halves[half].to(module.weight.device, torch.float32) for half in _PAIR)
+        alpha = halves.get("alpha")
+        scale = _scale(described, part, path, len(down)) if alpha is None else alpha / len(down)
+        _add(module.weight, lora.strength * float(scale), down, up, f"{refused}: {layer}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's layer, without the old processors' spelling, and which of its three it is."""
+    found = _HALF.fullmatch(name)
+    layer, half = found.groups() if found else (_ALPHA.sub(r"\1", name), "alpha")
+    layer = re.sub(r"\.processor(?=\.)", "", layer)
+    if layer.startswith("text_encoder"):
+        layer = re.sub(r"\.to_(\w+)$", r".\1_proj", layer)
+    layer = re.sub(r"\.to_out$", ".to_out.0", layer)
+    return layer, {"A": "down", "B": "up"}.get(half, half)
+
+
+def _part_of(layer: str, family: Family) -> str | None:
+    """Whose layer it is, by its prefix."""
+    encoders = [part for part in family.text_parts if part.startswith("text_encoder")]
+    for part in (family.network, *encoders):
+        if layer.startswith((f"{part}.", *_prefixes(part, family))):
+            return part
+    return (
+        family.network if layer.startswith(("down_blocks.", "mid_block.", "up_blocks.")) else None
+    )
+
+
+def _prefixes(part: str, family: Family) -> tuple[str, ...]:
+    """kohya's."""
+    if part == family.network:
+        return ("lora_unet_",)
+    return ("lora_te2_",) if part.endswith("_2") else ("lora_te1_", "lora_te_")
+
+
+def _names(part: str, model: nn.Module, family: Family) -> dict[str, tuple[str, Any]]:
+    """Every name that a file may give a layer of this part: its path in the model, and itself."""
+    paths = {p: m for p, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    names: dict[str, tuple[str, Any]] = {}
+    forms = family.lora_names(model) if part == family.network else ({p: p for p in paths},)
+    for path, module in paths.items():
+        bare = path.removeprefix("text_model.")  # which transformers 5 leaves out
+        dotted = (f"{part}.{path}", path, f"{part}.{bare}", f"{part}.text_model.{bare}")
+        flat = {form[path].replace(".", "_") for form in forms if path in form}
+        flat |= {f"text_model_{bare}".replace(".", "_")} if part != family.network else set()
+        kohya = (f"{prefix}{name}" for prefix in _prefixes(part, family) for name in flat)
+        names |= dict.fromkeys((*dotted, *kohya), (path, module))
+    return names
+
+
+def _scale(described: Mapping[str, Any], part: str, path: str, rank: int) -> float:
+    """By the settings that diffusers writes into a file, read as peft does; else 1."""
+    own = {key.removeprefix(f"{part}."): value for key, value in described.items()}
+    by_layer = own.get("alpha_pattern") or {}
+    matching = (a for key, a in by_layer.items() if re.fullmatch(rf"(.*\.)?({key})", path))
+    alpha = next(matching, own.get("lora_alpha", rank))
+    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def _add(weight: Tensor, scale: float, down: Tensor, up: Tensor, what: str) -> None:
+    """weight += scale * up @ down, of linear and convolution layers alike."""
+    fits = up.flatten(1).shape == (len(weight), len(down)) and down[0].numel() == weight[0].numel()
+    if not fits or down.shape[1] != weight.shape[1]:
+        raise UserError(
+            f"{what} has shapes {[*down.shape]} and {[*up.shape]} for a layer of {[*weight.shape]}"
+        )
+    update = scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    if not update.isfinite().all():
+        raise UserError(f"{what} is not finite: the file is damaged")
+    weight.copy_(weight.float() + update)
