@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from conftest import changed
+from rapm import pipeline
 from rapm.cli import main
 from rapm.pipeline import make_trajectories
 from rapm.run import Run
@@ -356,10 +357,51 @@ def test_distilling_says_what_it_does_and_goes_on(rapm, tmp_path, tiny_midpoint)
     assert everything_in(tmp_path / "run" / "checkpoints") == kept
 
 
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [
+        *(("train", stage) for stage in ("settings", "shard", "trajectories", "checkpoint")),
+        ("distill", "checkpoint"),
+    ],
+)
+def test_what_is_stopped_says_what_is_there(
+    rapm, tmp_path, monkeypatch, tiny_config, command, stage
+):
+    """And where it goes on, when it does."""
+    run = Run.open(tmp_path / "run", tiny_config)
+    if stage != "settings":
+        make_trajectories(run)
+    if stage == "shard":
+        (run.trajectories / "manifest.json").unlink()
+        (run.trajectories / "shard-00001.safetensors").unlink()
+    if stage == "checkpoint":
+        run.save_checkpoint(4, {"a": torch.ones(1)})
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "distill_run", interrupted)
+    monkeypatch.setattr(pipeline, "train_run", interrupted)
+    options = ["--config", str(run.folder / "config.toml"), "--force", "--out"]
+    code, out, _ = rapm(command, *(options if command == "distill" else []), "run")
+    there = {
+        "settings": "its settings, no trajectories and no checkpoint yet",
+        "shard": "4 of 6 trajectories, no checkpoint yet",
+        "trajectories": "all trajectories, no checkpoint yet",
+        "checkpoint": "a checkpoint of iteration 4 of 10",
+    }
+    lines = out.splitlines()
+    assert code == 130
+    assert lines[-1] == f"Stopped. run has {there[stage]}. The same command goes on from there."
+    goes_on = [line for line in lines if line.startswith("Goes on")]
+    assert goes_on == [f"Goes on from {there[stage]}"] * (stage == "checkpoint")
+
+
 def test_help_waits_for_no_heavy_import():
     program = """
 import sys
 sys.argv = ["rapm", "--help"]
+from rapm import pipeline
 from rapm.cli import main
 try:
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,9 +96,16 @@ def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:
         assert record.keys() == always | expected
 
 
-def test_what_midpoint_logs(tiny_midpoint: Config, tmp_path: Path) -> None:
-    for record in trained(tiny_midpoint, tmp_path / "run").read_metrics():
+def test_what_midpoint_logs(
+    tiny_midpoint: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And shows in its bar."""
+    records = trained(tiny_midpoint, tmp_path / "run").read_metrics()
+    for record in records:
         assert record.keys() == {"iteration", "rate", "seconds", "distance", "student_gradient"}
+    said = capsys.readouterr().err
+    shown = re.findall(r"training .* (\d+)/10 .* left, distance=([\d.]+)\]", said)
+    assert shown == [(str(k + 1), f"{row['distance']:.4f}") for k, row in enumerate(records)]
 
 
 def test_without_an_adversary_every_iteration_is_the_students(
@@ -360,7 +368,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_config: Config, tmp_path
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert "The same command goes on from there." in stdout
     step = Run.existing(out).checkpoint_steps()[-1]
+    kept = f"Stopped. {out} has a checkpoint of iteration {step} of 400."
+    assert stdout.splitlines()[-1] == f"{kept} The same command goes on from there."
+    said = "saving after this iteration; press again to quit without saving"
+    assert said in stderr.splitlines()
+    assert "\r" not in stderr
     assert 0 < step < 400
     assert len(Run.existing(out).read_metrics()) == step

@@ -42,7 +42,16 @@ def _open_run(config: Any, out: Path) -> Run:
 
     run = pipeline.open_run(config, Path(os.path.expanduser(out)))
     print(pipeline.describe_prompts(run))
+    _say_where_it_goes_on(run)
     return run
+
+
+def _say_where_it_goes_on(run: Run) -> None:
+    from rapm.status import standing
+
+    steps = run.checkpoint_steps()
+    if steps and steps[-1] < run.config.training.iterations:
+        print(f"Goes on from {standing(run)}")
 
 
 def _print_exported(files: Exported) -> None:
@@ -51,11 +60,13 @@ def _print_exported(files: Exported) -> None:
 
 
 @contextmanager
-def _told_when_stopped(out: Path) -> Iterator[None]:
+def _told_when_stopped(run: Run) -> Iterator[None]:
+    from rapm.status import standing
+
     try:
         yield
     except KeyboardInterrupt:
-        print(f"Stopped; everything so far is in {out}. The same command goes on from there.")
+        print(f"Stopped. {run.folder} has {standing(run)}. The same command goes on from there.")
         raise typer.Exit(130) from None
 
 
@@ -84,7 +95,7 @@ def distill(
     print(f"Computes on {config.torch_device}{why}")
     if not force:
         check_room(plan, config, run.folder)
-    with _told_when_stopped(run.folder):
+    with _told_when_stopped(run):
         if not pipeline.distill_run(run):
             raise KeyboardInterrupt
     _print_exported(exported(run))
@@ -113,7 +124,7 @@ def trajectories(
     for option in chosen.keywords if run else ():
         raise UserError(f"{run} has its own settings; --{option.replace('_', '-')} goes with --out")
     opened = Run.existing(run) if run else _open_run(chosen(), out)  # type: ignore[arg-type]
-    with _told_when_stopped(opened.folder), opened.locked():
+    with _told_when_stopped(opened), opened.locked():
         store = pipeline.make_trajectories(opened)
     if store.manifest["shard_size"]:
         print(f"{len(store)} trajectories in {store.folder}")
@@ -187,10 +198,10 @@ def train(run: RunArgument) -> None:
     from rapm.run import Run
 
     opened = Run.existing(run)
-    with opened.locked():
+    _say_where_it_goes_on(opened)
+    with _told_when_stopped(opened), opened.locked():
         if not pipeline.train_run(opened):
-            print(f"Stopped; a checkpoint is in {opened.checkpoints}. The same command goes on.")
-            raise typer.Exit(130)
+            raise KeyboardInterrupt
         _print_exported(export_run(opened))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -73,6 +74,9 @@ def train(
             rate = rate_factor(config, iteration)
             for name in method.learning(iteration):
                 method.learners[name].step(rate)
+            shown = {n: f"{loss:.4f}" for n, loss in losses.items() if n.endswith("distance")}
+            if shown:  # none where discriminators alone learn
+                bar.set_postfix(shown, refresh=False)
             seconds = round(time.monotonic() - started, 3)
             run.log({"iteration": iteration} | losses | {"rate": rate, "seconds": seconds})
             done, stop = iteration + 1, stopped()
@@ -81,10 +85,10 @@ def train(
             if last or stop or overdue or done % settings.checkpoint_every == 0:
                 save(done)
                 saved = time.monotonic()
-            if last or done % every == 0:
-                sample(done)
             if stop and not last:
                 return False
+            if last or done % every == 0:
+                sample(done)
     return True
 
 
@@ -189,6 +193,8 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        with suppress(OSError):  # by itself: a print may be what was interrupted
+            os.write(2, b"\nsaving after this iteration; press again to quit without saving\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
