@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusers.utils import convert_state_dict_to_kohya
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from rapm import settings
-from rapm.io import complete_or_absent_folder, share
+from rapm.io import complete_or_absent_folder, save_tensors, with_prefix, write_text
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT
 from rapm.prompts import is_hub
@@ -42,19 +41,37 @@ tags: [text-to-image, diffusers, lora, template:sd-lora, {method}]
 Distilled with rapm {version} from `{teacher}` at guidance scale {guidance_scale}, which is baked
 in: sample without guidance. {words}
 {loras}
+| file | for |
+|---|---|
+| `{diffusers_file}` | diffusers 0.30 and newer; other programs load a part of it and say nothing |
+| `{kohya_file}` | ComfyUI, Forge, A1111, SD.Next, InvokeAI and kohya's scripts |
+
+Both hold the same LoRA. Its strength is 1.0.
+
 ## diffusers
 
 ```python
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 
-pipe.load_lora_weights("FOLDER")          # strength 1.0
+pipe = DiffusionPipeline.from_pretrained("TEACHER")
+pipe.load_lora_weights("FOLDER", weight_name="{diffusers_file}")
 pipe.scheduler = DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")
-pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0)
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0).images[0]
 ```
 
-## ComfyUI, Forge, A1111
+TEACHER is the model it was distilled from, FOLDER is where this file is.
 
-`{kohya_file}` goes where your LoRAs are. {usage}.
+## Other programs
+
+`{kohya_file}` goes where your LoRAs are. {steps} steps and cfg 1 everywhere.
+
+| program | sampler | scheduler |
+|---|---|---|
+| ComfyUI | euler | simple; sgm_uniform is as good |
+| Forge, A1111 | Euler | Simple or SGM Uniform; not Automatic |
+
+Do not take DDIM in A1111 and Forge: it ignores the scheduler, and asks for timesteps that this LoRA
+was not trained on.
 
 ## Settings
 
@@ -85,24 +102,19 @@ def export_run(run: Run) -> Exported:
     sampler, config = open_sampler(run), run.config
     teacher, backbone, steps = sampler.teacher, sampler.backbone, config.trajectories.slots
     files, part = exported(run), teacher.family.network
-    usage = f"{steps} steps, cfg 1, sampler euler or ddim, scheduler sgm_uniform, strength 1.0"
+    state, names = backbone.lora_state(STUDENT), teacher.family.lora_names(backbone.network)[0]
     with complete_or_absent_folder(run.export) as folder:
-        lora = backbone.configs[STUDENT].to_dict()
-        lora["target_modules"] = sorted(lora["target_modules"])  # a set: in another order each time
-        state = backbone.lora_state(STUDENT)
-        given = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": lora}
-        teacher.family.pipeline.save_lora_weights(folder, **given)
-        described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, usage)
-        save_file(kohya_state(state, part), folder / files.kohya.name, described)
-        for file in (DIFFUSERS_FILE, files.kohya.name):
-            share(folder / file)
+        # Without peft's settings as metadata, which other versions of it refuse. diffusers takes
+        # alpha for the rank then, and so it is.
+        save_tensors(folder / DIFFUSERS_FILE, with_prefix(part, state), {"format": "pt"})
+        described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, steps)
+        save_tensors(folder / files.kohya.name, kohya_state(state, names), described)
         teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
-        card = model_card(run, teacher, files.kohya.name, usage)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", model_card(run, teacher, files.kohya.name))
     return files
 
 
-def model_card(run: Run, teacher: Teacher, kohya_file: str, usage: str) -> str:
+def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
     """Of what the run was: its method, teacher and settings. Where things lay is left out."""
     config = run.config
     fused = "".join(f"- `{lo.file.name}` at strength {lo.strength:g}\n" for lo in teacher.loras)
@@ -126,31 +138,35 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str, usage: str) -> str:
         guidance_scale=config.trajectories.guidance_scale,
         version=version("rapm"),
         kohya_file=kohya_file,
-        usage=usage,
+        diffusers_file=DIFFUSERS_FILE,
         settings=settings.dump(config.model_copy(update={**places, "trajectories": shown})),
     )
 
 
-def kohya_state(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """A LoRA in kohya's names: ``lora_unet_<module path with _>`` and one of three endings.
-
-    They are ``.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
+def kohya_state(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A LoRA in kohya's form: of each layer the two halves, and alpha, which is the rank.
 
     Args:
         state: in peft's names, of scale 1.
-        part: the pipeline's part that it belongs to.
+        names: what kohya's files call each layer, see :attr:`rapm.models.Family.lora_names`.
     """
-    # alpha = rank, always
-    named = convert_state_dict_to_kohya({f"{part}.{name}": v for name, v in state.items()})
-    return {n: v.float() if n.endswith(".alpha") else v.contiguous() for n, v in named.items()}
+    halves, written = {"lora_A": "lora_down", "lora_B": "lora_up"}, {}
+    for name, value in state.items():
+        path, half, _ = name.rsplit(".", 2)
+        layer = f"lora_unet_{names[path].replace('.', '_')}"
+        written[f"{layer}.{halves[half]}.weight"] = value
+        if half == "lora_A":
+            written[f"{layer}.alpha"] = torch.tensor(float(len(value)))
+    return written
 
 
-def kohya_metadata(teacher: Teacher, rank: int, title: str, usage: str) -> dict[str, str]:
+def kohya_metadata(teacher: Teacher, rank: int, title: str, steps: int) -> dict[str, str]:
     """What kohya's tools, ComfyUI's and A1111's browsers show of a LoRA, and choose a base by."""
     base, architecture = teacher.family.base_model(teacher.config)
     width, height = teacher.size()
     return {
         "ss_base_model_version": base,
+        "ss_v2": str(base.startswith("sd_v2")),  # by which alone A1111 tells Stable Diffusion 2
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
@@ -160,5 +176,6 @@ def kohya_metadata(teacher: Teacher, rank: int, title: str, usage: str) -> dict[
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.usage_hint": usage,
+        "modelspec.usage_hint": f"{steps} steps, cfg 1, sampler euler, scheduler simple, strength "
+        "1.0; in A1111 and Forge never DDIM",
     }
