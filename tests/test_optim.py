@@ -225,6 +225,34 @@ def test_a_learner_out_of_a_file_goes_on_bit_for_bit(tmp_path, ema):
     assert same(resumed.state(), whole.state())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_state_of_another_form_is_refused_and_changes_nothing(optimizer):
+    whole = learner(rank=64, ema=0.9, optimizer=optimizer)
+    update(whole, 2)
+    state = {name: value.clone() for name, value in whole.state().items()}
+    fresh = learner(rank=64, ema=0.9, optimizer=optimizer)
+    before = {name: value.clone() for name, value in fresh.state().items()}
+    refused = 0
+    for name in [n for n in state if n.startswith("optimizer.0.")] + ["updates", next(iter(state))]:
+        less = {n: v for n, v in state.items() if n != name}
+        others = [
+            less,
+            less | {name: state[name][None].repeat(*[3] * (state[name].dim() + 1))},
+            less | {name: state[name].half()},
+            less | {f"{name}x": state[name]},
+        ]
+        for other in others:
+            with pytest.raises(UserError, match="is not this run's: "):
+                fresh.load_state(other)
+            refused += 1
+    assert refused >= 20
+    with pytest.raises(UserError, match="expected: nothing of that name"):
+        fresh.load_state(state | {"updates": torch.tensor(0)})
+    assert same(fresh.state(), before)
+    fresh.load_state(state)
+    assert same(fresh.state(), whole.state())
+
+
 def test_what_a_checkpoint_holds_of_it():
     it = learner(ema=0.9)
     names = list(it.parameters)

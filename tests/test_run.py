@@ -1,13 +1,19 @@
 """The run's folder: when it may be gone on with, and what survives kills and full disks."""
 
+import filecmp
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
+from conftest import changed
 from rapm import io
 from rapm.errors import UserError
+from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
 from rapm.settings import load, read_run
 
@@ -139,6 +145,71 @@ def test_one_process_at_a_time(run):
         pass
 
 
+def test_a_refused_command_leaves_the_settings_of_a_run_at_work(run):
+    """Both have opened the folder; the one that works first has its own settings there."""
+    other = Run.open(run.folder, load(settings=[*BASE, "student.rank=3"]))
+    stale = Run.existing(run.folder)
+    with run.locked():
+        assert "another process is working on" in refused(other.locked().__enter__)
+        assert Run.existing(run.folder).config == KEEP_TWO
+    assert refused(stale.locked().__enter__) == (
+        f"{run.folder / 'config.toml'} was changed by another command meanwhile; run this one again"
+    )
+    run.save_checkpoint(1, weights(1))
+    kept = everything_in(run.folder)
+    assert "student.rank: 16 -> 3" in refused(other.locked().__enter__)
+    assert everything_in(run.folder) == kept
+
+
+def test_a_run_is_locked_once_however_many_stages_lock_it(run):
+    with run.locked():
+        with run.locked():
+            pass
+        assert "another process" in refused(Run.existing(run.folder).locked().__enter__)
+    with Run.existing(run.folder).locked():
+        pass
+
+
+@pytest.mark.parametrize("number", [37, 13])
+def test_a_file_system_without_locks_is_told(run, monkeypatch, number):
+    def no_locks(self):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr(FileLock, "_acquire", no_locks)
+    assert refused(Run.open, run.folder, KEEP_TWO) == (
+        f"{run.folder} cannot be locked ([Errno {number}] No locks available); a run needs a "
+        "folder that may be written, on a file system with locks: choose another --out"
+    )
+
+
+def test_leftovers_of_killed_writes_go_when_the_run_is_opened(run):
+    for step in (1, 2):
+        run.save_checkpoint(step, weights(step))
+    (run.checkpoints / "step-00000002.safetensors").rename(run.folder / "kept")
+    run.save_checkpoint(3, weights(3))
+    run.save_checkpoint(4, weights(4))
+    (run.folder / "kept").rename(run.checkpoints / "step-00000002.safetensors")
+    leftovers = [
+        run.folder / ".config.toml.partial",
+        run.folder / ".tmpAbC123",
+        run.checkpoints / ".step-00000005.safetensors.partial",
+        run.checkpoints / ".tmpAbC123",
+        run.trajectories / ".tmpZ_9xyz",
+        run.samples / ".teacher.png.partial",
+        run.folder / ".export.partial" / "scheduler" / "a.json",
+        run.folder / ".export.old.partial" / "README.md",
+    ]
+    mine = [run.folder / "notes.partial.txt", run.folder / ".tmp", run.export / "README.md"]
+    for file in (*leftovers, *mine):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    Run.open(run.folder, KEEP_TWO)
+    assert not any(file.exists() for file in leftovers)
+    assert not list(run.folder.glob(".export*"))
+    assert all(file.exists() for file in mine)
+    assert run.checkpoint_steps() == [3, 4]
+
+
 def test_a_changed_free_setting_is_taken_over(run):
     free = load(settings=[*BASE, "training.keep_checkpoints=7", "training.checkpoint_every=9"])
     assert Run.open(run.folder, free).config == free
@@ -256,9 +327,111 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_serves(run, left):
     file.write_bytes(file.read_bytes()[:left])
     line = refused(run.load_checkpoint)
     assert line.startswith(f"{file} is damaged (")
-    assert line.endswith("); delete it to go on from the one before")
+    assert line.endswith("); delete it to go on from iteration 10")
     file.unlink()
     assert run.load_checkpoint()[0] == 10
+
+
+FIRST = "step-00000010.safetensors"
+
+
+def scaled(tensors, made):
+    return {**tensors, "a": tensors["a"] * 1.5}, made
+
+
+DAMAGES = {
+    "a value": scaled,
+    "a name": lambda t, m: ({"x": t["a"], "b.c": t["b.c"]}, m),
+    "a shape": lambda t, m: ({**t, "b.c": t["b.c"].reshape(4)}, m),
+    "a type": lambda t, m: ({**t, "a": t["a"].double()}, m),
+    "one less": lambda t, m: ({"a": t["a"]}, m),
+    "one more": lambda t, m: ({**t, "d": t["a"].clone()}, m),
+    "its iteration": lambda t, m: (t, m | {"step": 19}),
+    "its versions": lambda t, m: (t, m | {"versions": {}}),
+    "no checksum": lambda t, m: (t, {k: v for k, v in m.items() if k != "sha256"}),
+    "its settings": lambda t, m: (t, m | {"config": 5}),
+    "all it says": lambda t, m: (t, [m]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_offered(run, damage):
+    for step in (10, 20):
+        run.save_checkpoint(step, weights(step))
+    file = run.checkpoints / "step-00000020.safetensors"
+    made = json.loads(io.load_metadata(file)["made"])
+    tensors, made = damage(load_file(file), made)
+    save_file(tensors, file, {"made": json.dumps(made)})
+    line = refused(run.load_checkpoint)
+    assert line.startswith(f"{file} is ")
+    assert line.endswith("; delete it to go on from iteration 10")
+    file.unlink()
+    assert run.load_checkpoint()[0] == 10
+    tensors, made = scaled(
+        weights(10), json.loads(io.load_metadata(run.checkpoints / FIRST)["made"])
+    )
+    save_file(tensors, run.checkpoints / FIRST, {"made": json.dumps(made)})
+    assert refused(run.load_checkpoint).endswith("; delete it to train from the start")
+
+
+@pytest.mark.parametrize(
+    "made", ["{", "[" * 100_000, "null", '{"config": "a = ' + "[" * 5_000 + '"}'], ids=range(4)
+)
+def test_a_checkpoint_that_says_nonsense_of_itself(run, made):
+    file = run.checkpoints / FIRST
+    io.save_tensors(file, weights(10), {"made": made})
+    assert refused(run.load_checkpoint).startswith(str(file))
+    assert refused(Run.open, run.folder, KEEP_TWO).startswith(str(file))
+
+
+def test_a_checkpoint_belongs_to_its_trajectories(run, tiny_midpoint, tmp_path):
+    runs = [
+        Run.open(tmp_path / str(seed), changed(tiny_midpoint, trajectories={"seed": seed}))
+        for seed in (0, 1)
+    ]
+    for each in runs:
+        make_trajectories(each)
+        each.save_checkpoint(1, weights(1))
+    assert runs[0].load_checkpoint()[0] == 1
+    runs[1].trajectories.rename(tmp_path / "away")
+    runs[0].trajectories.rename(runs[1].trajectories)
+    assert "is a checkpoint of another run" in refused(runs[1].load_checkpoint)
+
+
+def test_copies_beside_the_checkpoints_are_nobodys(run):
+    run.save_checkpoint(10, weights(10))
+    for name in ("step-00000020 (1)", "step-best", "step-00000020.safetensors - Copy", "step-5"):
+        (run.checkpoints / f"{name}.safetensors").write_bytes(b"")
+    assert run.checkpoint_steps() == [10]
+    assert run.load_checkpoint()[0] == 10
+
+
+@pytest.mark.parametrize("kind", ["rapm", "midpoint"])
+def test_a_finished_run_goes_on_as_one_that_had_more_iterations_from_the_start(
+    tiny_config, tiny_midpoint, tmp_path, kind
+):
+    config = {"rapm": tiny_config, "midpoint": tiny_midpoint}[kind]
+    few, more = (
+        changed(config, training={"iterations": n, "checkpoint_every": 2, "decay": 0.0})
+        for n in (1, 3)
+    )
+    whole = Run.open(tmp_path / "whole", more)
+    make_trajectories(whole)
+    shutil.copytree(whole.trajectories, tmp_path / "run" / "trajectories")
+    run = Run.open(tmp_path / "run", few)
+    assert train_run(whole)
+    assert train_run(run)
+    run = Run.open(run.folder, more)
+    assert train_run(run)
+    assert run.checkpoint_steps() == [1, 2, 3]
+    for step in (2, 3):
+        name = f"step-{step:08d}.safetensors"
+        assert filecmp.cmp(run.checkpoints / name, whole.checkpoints / name, shallow=False)
+    losses = [[r | {"seconds": 0} for r in each.read_metrics()] for each in (run, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    assert Run.existing(run.folder).config == more
+    assert "training.iterations: 3 -> 1" in refused(Run.open, run.folder, few)
 
 
 def test_a_full_disk_costs_only_the_checkpoint_being_written(run, monkeypatch):
@@ -272,8 +445,8 @@ def test_a_full_disk_costs_only_the_checkpoint_being_written(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(io, "save_file", disk_full)
         assert refused(run.save_checkpoint, 30, weights(30)) == (
-            "checkpoint 30 could not be written ([Errno 28] No space left on device); "
-            "earlier checkpoints are whole: make room and run again"
+            f"{run.checkpoints / 'step-00000030.safetensors'} could not be written: [Errno 28] No "
+            "space left on device; earlier checkpoints are whole: make room and run again"
         )
     assert names(run.checkpoints) == ["step-00000010.safetensors", "step-00000020.safetensors"]
     step, tensors = run.load_checkpoint()
@@ -302,6 +475,39 @@ def test_metrics_about_to_be_computed_again_are_forgotten(run):
     assert run.read_metrics() == RECORDS[:2]
     run.forget_metrics_from(0)
     assert run.read_metrics() == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "nothing",
+        "[]",
+        "5",
+        '{"loss": 1.0}',
+        '{"iteration": 0}',
+        '{"iteration": "3"}',
+        "\udcff",
+    ],
+)
+def test_a_damaged_line_of_metrics_is_told(run, line):
+    for record in RECORDS:
+        run.log(record)
+    lines = run.metrics.read_text().splitlines()
+    lines[1] = line
+    damaged = "".join(f"{each}\n" for each in lines).encode(errors="surrogateescape")
+    run.metrics.write_bytes(damaged)
+    expected = f"{run.metrics} is damaged: line 2 is no record of an iteration after "
+    for call in (run.read_metrics, lambda: run.forget_metrics_from(3)):
+        assert refused(call).startswith(expected)
+    assert run.metrics.read_bytes() == damaged
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk of Linux")
+def test_a_full_disk_under_the_log_is_told(run):
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(io.NotWritten, match=r"metrics\.jsonl could not be written: \[Errno 28\]"):
+        run.log(RECORDS[0])
 
 
 def test_a_cut_last_line_is_passed_over_and_does_not_spoil_the_next(run):

@@ -28,7 +28,7 @@ from rapm.run import Run
 from rapm.sample import open_sampler
 from rapm.sampling import guided, noise
 from rapm.schedule import Grid
-from rapm.trajectories import TrajectoryStore, noise_of
+from rapm.trajectories import TrajectoryStore, fingerprint, noise_of, stored_prompts
 
 PROMPT = "a red star and a blue ring on grass"
 
@@ -232,6 +232,55 @@ def test_a_damaged_store_is_refused(tiny_config: Config, tmp_path: Path) -> None
     assert len(make_trajectories(run)) == 6
 
 
+DAMAGES = {
+    "count": lambda m: m.update(count=5),
+    "seed": lambda m: m.update(seed=1),
+    "shard_size": lambda m: m.update(shard_size=3),
+    "no shards": lambda m: m.update(shard_size=0),
+    "count in facts": lambda m: m["facts"].update(count=5),
+    "a file less": lambda m: m["files"].pop("shard-00001.safetensors"),
+    "a file outside": lambda m: m["files"].update({"../../a": "b"}),
+    "shapes": lambda m: m.update(shapes=[[4, 8]]),
+    "types": lambda m: m.update(count="6"),
+    "null": lambda m: m.update(files=None),
+}
+
+
+def test_a_damaged_manifest_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", tiny_config)
+    file = make_trajectories(run).folder / "manifest.json"
+    whole = file.read_bytes()
+    for damage in DAMAGES.values():
+        manifest = json.loads(whole)
+        damage(manifest)
+        file.write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=r"manifest\.json is damaged or of another version"):
+            TrajectoryStore.open(run.trajectories)
+    for text in (b"[" * 100_000, b"\xff", b"null", b"[1]", b""):
+        file.write_bytes(text)
+        with pytest.raises(UserError, match=r"manifest\.json is damaged or of another version"):
+            TrajectoryStore.open(run.trajectories)
+    file.write_bytes(whole)
+    assert len(TrajectoryStore.open(run.trajectories)) == 6
+    for text in ("{", "[[]]", '[{"texts": "a"}]', "[" * 100_000):
+        (run.trajectories / "prompts.json").write_text(text)
+        with pytest.raises(UserError, match=r"prompts\.json is damaged; delete manifest\.json"):
+            stored_prompts(run.trajectories)
+
+
+def test_a_damaged_shard_of_an_unfinished_store_is_rolled_out_again(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    run = Run.open(tmp_path / "run", tiny_config)
+    folder = make_trajectories(run).folder
+    (folder / "manifest.json").unlink()
+    shard = folder / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    make_trajectories(run)
+    assert shard.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "named"),
     [
@@ -259,6 +308,7 @@ def test_a_store_of_another_version_names_both(tiny_config: Config, tmp_path: Pa
     manifest = json.loads(file.read_text())
     assert manifest["versions"]["torch"] == version("torch")
     manifest["facts"]["rapm"] = "0.0.1"
+    manifest["fingerprint"] = fingerprint(manifest["facts"])
     file.write_text(json.dumps(manifest))
     with pytest.raises(
         UserError,

@@ -1,10 +1,15 @@
 """Mistakes a user can make, told in one line; everything else is ours and stays an assertion or a
 traceback."""
 
+from rapm.text import one_line
+
 
 class UserError(ValueError):
     """What was given, what is allowed, what to do, in one line. The command line prints it and
     exits with code 2."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())  # names of others' files and tensors are in it
 
 
 class NonFinite(UserError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -50,13 +51,14 @@ class Learner:
         if heads is not None:
             self.parameters |= {f"heads.{name}": p for name, p in heads.named_parameters()}
         given: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
-        self.optimizer: torch.optim.Optimizer
+        self._make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
         if optimizer == "adamw":
             # Nothing is stepped on the meta device, where a run is only planned.
             fused = True if backbone.device.type != "meta" else None
-            self.optimizer = torch.optim.AdamW(self.parameters.values(), **given, fused=fused)
+            self._make_optimizer = partial(torch.optim.AdamW, **given, fused=fused)
         else:
-            self.optimizer = _adamw8bit()(self.parameters.values(), **given)
+            self._make_optimizer = partial(_adamw8bit(), **given)
+        self.optimizer = self._make_optimizer(self.parameters.values())
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if ema else {}
 
     @property
@@ -137,12 +139,49 @@ class Learner:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of :meth:`state`."""
+        """Inverse of :meth:`state`.
+
+        Raises:
+            UserError: it is not of this learner; nothing was changed.
+        """
+        self._check_form(state)
         self._put(under_prefix("weights", state))
         for name, value in under_prefix("average", state).items():
             self.average[name].copy_(value)
         load_optimizer_tensors(self.optimizer, under_prefix("optimizer", state))
         self.updates = int(state["updates"])
+
+    def _check_form(self, state: Mapping[str, Tensor]) -> None:
+        """Names, types and shapes: a fused step reads what memory there is, whatever its shape."""
+        own = with_prefix("weights", self.parameters) | with_prefix("average", self.average)
+        expected = _form(own | {"updates": torch.tensor(0)})
+        given, updates = _form(state), state.get("updates")
+        if updates is not None and updates.numel() == 1 and updates > 0:
+            expected |= with_prefix("optimizer", self._optimizer_form())
+        names = sorted(given.keys() | expected.keys())
+        wrong = [name for name in names if given.get(name) != expected.get(name)]
+        if wrong:
+            raise UserError(
+                f"the checkpoint's {self.adapter} is not this run's: '{wrong[0]}' is "
+                f"{given.get(wrong[0], 'not there')}, expected: "
+                f"{expected.get(wrong[0], 'nothing of that name')}; delete the checkpoint"
+            )
+
+    def _optimizer_form(self) -> dict[str, str]:
+        """What an optimiser of this kind holds after a step, asked of one for each parameter."""
+        form = {}
+        for index, p in enumerate(self.parameters.values()):
+            like = torch.zeros_like(p)
+            like.grad = torch.zeros_like(p)
+            optimizer = self._make_optimizer([like])
+            optimizer.step()
+            own = under_prefix("0", optimizer_tensors(optimizer))
+            form |= with_prefix(str(index), _form(own))
+        return form
+
+
+def _form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{value.dtype} {list(value.shape)}" for name, value in tensors.items()}
 
 
 def learnt_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.io import save_tensors, sha256, with_prefix, write_json
+from rapm.io import save_checked, save_tensors, sha256, with_prefix, write_json
 from rapm.progress import track
 from rapm.prompts import Prompt
 from rapm.sampling import Conditioning, Denoiser, ddim, noise
@@ -150,7 +150,7 @@ def _make_shards(
                         tensors[f"absolute.{k - rows.start}"] = absolute
                         tensors[f"intermediate.{k - rows.start}"] = intermediate
                     bar.update(len(batch))
-            save_tensors(folder / name, tensors, {"fingerprint": mark})
+            save_checked(folder / name, tensors, {"fingerprint": mark})
     return names
 
 

@@ -7,26 +7,38 @@ it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rapm import settings
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.io import load_metadata, load_tensors, save_tensors, write_text
+from rapm.io import (
+    Damaged,
+    NoFile,
+    append_line,
+    is_leftover,
+    load_checked,
+    load_made,
+    read,
+    save_checked,
+    sweep,
+    sync,
+    write_text,
+)
 from rapm.trajectories import read_manifest
 from rapm.versions import versions
 
 
 def _is_foreign(file: Path) -> bool:
     """Whether it is neither a run's trajectories nor the leftover of a process that was killed."""
-    return file.name not in ("trajectories", ".lock") and not file.name.endswith(".partial")
+    return file.name not in ("trajectories", ".lock") and not is_leftover(file)
 
 
 class Run:
@@ -40,6 +52,8 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
         self.export = folder / "export"
         self.scores = folder / "scores.json"
+        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._settings_are_new = False  # to be written once the folder is locked
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> Run:
@@ -50,20 +64,17 @@ class Run:
             UserError: the folder holds a run that was trained with settings that compute another
                 result, or is no run at all; or another process is at it.
         """
-        file = folder / "config.toml"
-        is_run = file.is_file()
-        if not is_run and (
+        if not (folder / "config.toml").is_file() and (
             folder.is_file() or (folder.is_dir() and any(map(_is_foreign, folder.iterdir())))
         ):
             raise UserError(
                 f"{folder} is not empty and holds no run (no config.toml); choose another --out"
             )
-        cls.check_method(folder, config)
+        cls.check_method(folder, config)  # before the lock, which makes the folder
         run = cls(folder, config)
-        with run.locked():  # else the settings of a run that is at work would be replaced
-            run.load_checkpoint()  # refuses settings that are not the checkpoint's
-            write_text(file, settings.dump(config))
-        return run
+        run._settings_are_new = True
+        with run.locked():
+            return run
 
     @classmethod
     def check_method(cls, folder: Path, config: Config) -> None:
@@ -87,10 +98,10 @@ class Run:
             UserError: there is none.
         """
         file = folder / "config.toml"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no run (no config.toml in it)")
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read(file).decode()
+        except NoFile:
+            raise UserError(f"{folder} holds no run (no config.toml in it)") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not a TOML file: {error}") from None
         return cls(folder, settings.read_run(text, str(file)))
@@ -98,19 +109,49 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from working on this run; the system lets go of it however this
-        process ends.
+        process ends. Within it this run may be locked again.
 
         Raises:
-            UserError: another process is at it.
+            UserError: another process is at it, or its settings are not those of its checkpoint.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock.is_locked:
+            yield
+            return
         try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                yield
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
         except Timeout:
             raise UserError(
                 f"another process is working on {self.folder}; wait for it or choose another --out"
             ) from None
+        except (OSError, NotImplementedError) as error:  # some network drives have no locks
+            raise UserError(
+                f"{self.folder} cannot be locked ({error}); a run needs a folder that may be "
+                "written, on a file system with locks: choose another --out"
+            ) from None
+        try:
+            self._take_over()
+            yield
+        finally:
+            self._lock.release()
+
+    def _take_over(self) -> None:
+        """Puts the folder in order. Under the lock, as whoever had it before may have changed what
+        was checked without it."""
+        file = self.folder / "config.toml"
+        if self._settings_are_new:
+            self.check_method(self.folder, self.config)
+        elif file.is_file() and self.existing(self.folder).config != self.config:
+            raise UserError(f"{file} was changed by another command meanwhile; run this one again")
+        steps = self.checkpoint_steps()
+        if steps:
+            self._check_made(steps)
+        text = settings.dump(self.config)
+        if self._settings_are_new and not (file.is_file() and read(file) == text.encode()):
+            write_text(file, text)
+        for folder in (self.folder, self.trajectories, self.checkpoints, self.samples, self.export):
+            sweep(folder)
+        self._forget_checkpoints()
 
     # ---- checkpoints
 
@@ -118,10 +159,9 @@ class Run:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
     def checkpoint_steps(self) -> list[int]:
-        return sorted(
-            int(file.stem.removeprefix("step-"))
-            for file in self.checkpoints.glob("step-*.safetensors")
-        )
+        names = (file.name for file in self.checkpoints.glob("step-*.safetensors"))
+        found = (re.fullmatch(r"step-(\d{8,})\.safetensors", name) for name in names)
+        return sorted(int(match[1]) for match in found if match)  # others are somebody's copies
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a checkpoint, then deletes those beyond ``keep_checkpoints``.
@@ -129,16 +169,24 @@ class Run:
         Raises:
             UserError: the disk is full; older checkpoints are untouched.
         """
+        store = read_manifest(self.trajectories)
+        made = {
+            "config": settings.dump(self.config),
+            "versions": versions(),
+            "step": step,
+            "trajectories": store and store["fingerprint"],
+        }
         try:
-            # In one entry: safetensors writes several in any order, and equal runs leave equal
-            # files.
-            made = json.dumps({"config": settings.dump(self.config), "versions": versions()})
-            save_tensors(self._checkpoint(step), tensors, {"made": made})
+            save_checked(self._checkpoint(step), tensors, made)
+            if self.metrics.is_file():
+                sync(self.metrics)
         except OSError as error:
             raise UserError(
-                f"checkpoint {step} could not be written ({error}); earlier checkpoints are whole: "
-                f"make room and run again"
+                f"{error}; earlier checkpoints are whole: make room and run again"
             ) from None
+        self._forget_checkpoints()
+
+    def _forget_checkpoints(self) -> None:
         for old in self.checkpoint_steps()[: -self.config.training.keep_checkpoints]:
             # Windows keeps what another program is reading; it goes the next time.
             with suppress(OSError):
@@ -149,45 +197,73 @@ class Run:
 
         Raises:
             UserError: it is damaged, or it was trained with settings that compute another result
-                than this run's.
+                than this run's, or on other trajectories.
         """
         steps = self.checkpoint_steps()
         if not steps:
             return 0, {}
-        file = self._checkpoint(steps[-1])
-        try:
-            # Copied: what is read is mapped from the file, and Windows deletes no file that is.
-            tensors = {name: value.clone() for name, value in load_tensors(file).items()}
-            made = json.loads(load_metadata(file).get("made", "{}"))
-        except SafetensorError as error:
-            raise UserError(
-                f"{file} is damaged ({error}); delete it to go on from the one before"
-            ) from None
-        before = settings.read_run(made.get("config", ""), str(file))
+        self._check_made(steps)
+        with _older_one_offered(steps):
+            _, tensors = load_checked(self._checkpoint(steps[-1]))
+        return steps[-1], tensors
+
+    def _check_made(self, steps: Sequence[int]) -> None:
+        """Whether the newest checkpoint is this run's, by what it says of itself.
+
+        Raises:
+            UserError: it is not, or it is damaged.
+        """
+        file, step = self._checkpoint(steps[-1]), steps[-1]
+        with _older_one_offered(steps):
+            made = load_made(file)
+            config = made.get("config", "")
+            if not isinstance(config, str):
+                raise Damaged(f"{file} is damaged (its settings are no text)")
+        before = settings.read_run(config, str(file))
+        store = read_manifest(self.trajectories)
         # Whoever uses the run holds teacher and prompts against the manifest.
-        known = read_manifest(self.trajectories) is not None
-        changed = settings.differences(before, self.config, may_have_moved=known)
+        changed = settings.differences(before, self.config, may_have_moved=store is not None)
         if changed:
             raise UserError(
                 f"{self.folder} holds a run with other settings "
                 f"({'; '.join(changed[:4])}{' ...' if changed[4:] else ''}); "
                 "give the same settings to go on with it, or another --out"
             )
-        return steps[-1], tensors
+        of_another = made.get("step") != step or (
+            store is not None and made.get("trajectories") != store["fingerprint"]
+        )
+        if of_another:
+            with _older_one_offered(steps):
+                raise Damaged(f"{file} is a checkpoint of another run, or of another iteration")
 
     # ---- metrics
 
     def log(self, record: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.metrics, json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics.is_file():
+        """
+        Raises:
+            UserError: a line is no record.
+        """
+        try:
+            lines = read(self.metrics).split(b"\n")[:-1]  # a kill may have cut the last line
+        except NoFile:
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        return [
-            json.loads(line) for line in lines if line.endswith("}")
-        ]  # a kill may have cut the last line
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                in_order = record["iteration"] > (records[-1]["iteration"] if records else -1)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                in_order = False
+            if not in_order:
+                raise UserError(
+                    f"{self.metrics} is damaged: line {number} is no record of an iteration after "
+                    "those before it; delete that line, or the file: nothing is computed from it"
+                )
+            records.append(record)
+        return records
 
     def forget_metrics_from(self, step: int) -> None:
         """Drops what was logged at or after ``step``: it is about to be computed again."""
@@ -197,3 +273,13 @@ class Run:
             if record["iteration"] < step
         ]
         write_text(self.metrics, "".join(kept))
+
+
+@contextmanager
+def _older_one_offered(steps: Sequence[int]) -> Iterator[None]:
+    """Says what a damaged newest checkpoint leaves to do."""
+    try:
+        yield
+    except Damaged as error:
+        rest = f"go on from iteration {steps[-2]:,}" if steps[1:] else "train from the start"
+        raise UserError(f"{error}; delete it to {rest}") from None

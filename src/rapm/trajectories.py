@@ -14,16 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.io import load_tensors, sha256, under_prefix
+from rapm.io import (
+    Damaged,
+    NoFile,
+    load_checked,
+    load_made,
+    load_tensors,
+    read,
+    sha256,
+    under_prefix,
+)
 from rapm.prompts import Prompt
 from rapm.sampling import Conditioning, noise
 
 MANIFEST, CONDITIONING, PROMPTS = "manifest.json", "conditioning.safetensors", "prompts.json"
-KEYS = {"files", "fingerprint", "facts", "shard_size", "count", "seed", "shapes"}
 
 
 @dataclass(frozen=True)
@@ -140,9 +148,17 @@ def size_index(index: int, prompts: int, sizes: int) -> int:
 
 def stored_prompts(folder: Path) -> list[Prompt]:
     """The prompts of a finished store, in their order; [] when there is none."""
-    file = folder / PROMPTS
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return [Prompt(**row) for row in rows]
+    try:
+        data = read(folder / PROMPTS)
+    except NoFile:
+        return []
+    try:
+        return [Prompt(**row) for row in json.loads(data)]
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(
+            f"{folder / PROMPTS} is damaged; delete {MANIFEST} beside it and run 'rapm "
+            "trajectories' again: finished shards are kept"
+        ) from None
 
 
 def shard_name(shard: int) -> str:
@@ -156,18 +172,36 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         UserError: it is there and cannot be read.
     """
     file = folder / MANIFEST
-    if not file.is_file():
+    try:
+        data = read(file)
+    except NoFile:
         return None
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        manifest = None
-    if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:
+        manifest = json.loads(data)
+        whole = _is_consistent(manifest)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
         raise UserError(
             f"{file} is damaged or of another version; delete it and run 'rapm trajectories' "
             "again: finished shards are kept"
         )
     return manifest
+
+
+def _is_consistent(manifest: Any) -> bool:
+    """Whether a manifest has all that it should, and its numbers and files are those of its
+    facts."""
+    facts, count, size = (manifest[key] for key in ("facts", "count", "shard_size"))
+    numbers = {"count": count, "seed": manifest["seed"], "shard_size": size}
+    shards = [shard_name(k) for k in range(-(-count // size))] if size else []
+    return (
+        all(type(number) is int for number in numbers.values())
+        and manifest["fingerprint"] == fingerprint(facts)
+        and all(facts.get(key, number) == number for key, number in numbers.items() if number)
+        and manifest["files"].keys() == {PROMPTS, CONDITIONING, *shards}
+        and all(type(side) is int for c, h, w in manifest["shapes"] for side in (c, h, w))
+    )
 
 
 def check_facts(folder: Path, facts: Mapping[str, Any], *, complete: bool = False) -> bool:
@@ -214,9 +248,10 @@ def is_finished_shard(file: Path, mark: str) -> bool:
     if not file.is_file():
         return False
     try:
-        with safe_open(file, "pt") as shard:
-            found = (shard.metadata() or {}).get("fingerprint")
-    except SafetensorError:
+        found = load_made(file).get("fingerprint")
+        if found == mark:
+            load_checked(file)
+    except Damaged:
         return False
     if found != mark:
         raise UserError(
