@@ -1,25 +1,36 @@
 """A user's mistake is one line on stderr and exit code 2, and leaves nothing behind."""
 
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
+from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
-from conftest import changed
+from conftest import changed, make_lora
 from rapm import pipeline
 from rapm.cli import main
+from rapm.errors import UserError
+from rapm.models.resolve import resolve_teacher
 from rapm.pipeline import make_trajectories
+from rapm.presets import check_preset
 from rapm.run import Run
 from rapm.settings import presets
+from rapm.threads import CHOSEN_BY_USER, threads_for_idle_cores
 
 CREATING = ["distill", "trajectories"]
 ON_A_RUN = ["train", "export", "sample", "evaluate"]
-ON_NOTHING = ["prompts", "plan", "doctor"]
+ON_NOTHING = ["prompts", "plan", "doctor", "presets"]
 PRESETS = ", ".join(presets())
 
 
@@ -397,11 +408,124 @@ def test_what_is_stopped_says_what_is_there(
     assert goes_on == [f"Goes on from {there[stage]}"] * (stage == "checkpoint")
 
 
+# ---- what there is to choose from
+
+
+def test_presets_are_listed(rapm):
+    code, out, _ = rapm("presets")
+    assert (code, [line.split()[0] for line in out.splitlines()]) == (0, presets())
+    assert "sdxl-8gb     SDXL at 1024 x 1024 on a GPU of 8 GB: the network in int8\n" in out
+    code, out, _ = rapm("distill", "--help")
+    assert code == 0
+    assert f"Teacher and memory: {PRESETS}." in re.sub(r"\s+", " ", out)
+
+
+def test_the_version(rapm):
+    assert rapm("--version") == (0, f"rapm {metadata.version('rapm')}\n", "")
+
+
+@pytest.mark.parametrize("command", ["distill --out run", "trajectories --out run", "plan"])
+def test_a_preset_of_another_family_is_refused(rapm, tmp_path, small_teachers, command):
+    (tmp_path / "sd15").symlink_to(small_teachers["sd15"])
+    (tmp_path / "sdxl").symlink_to(small_teachers["sdxl"])
+    rest = ["--prompts", "prompts.txt"]
+    line = mistake(rapm(*command.split(), "--preset", "sd15-8gb", "--teacher", "sdxl", *rest))
+    assert line == (
+        f"preset 'sd15-8gb' is for a StableDiffusionPipeline, teacher '{tmp_path / 'sdxl'}' is a "
+        "StableDiffusionXLPipeline; presets for it: "
+        "sdxl-12gb, sdxl-16gb, sdxl-24gb, sdxl-8gb, sdxl-paper"
+    )
+    line = mistake(rapm(*command.split(), "--preset", "sdxl-paper", "--teacher", "sd15", *rest))
+    assert line.endswith("presets for it: sd15-12gb, sd15-8gb, sd15-paper, toy, toy-paper")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_goes_with_every_teacher_of_its_family(small_teachers):
+    for kind, names in (
+        ("sd15", ["sd15-8gb", "toy-paper"]),
+        ("sd21", ["sd15-12gb"]),
+        ("sdxl", ["sdxl-paper"]),
+    ):
+        for name in names:
+            check_preset(name, resolve_teacher(str(small_teachers[kind])))
+
+
+def test_fused_loras_are_confirmed(rapm, tmp_path, tiny_teacher, tiny_prompts):
+    make_lora(tiny_teacher, tmp_path / "lora", "kohya")
+    options = ["--teacher", str(tiny_teacher), "--prompts", str(tiny_prompts), "--out", "run"]
+    few = ["device=cpu", "trajectories.count=1", "trajectories.fine_steps=1"]
+    code, out, _ = rapm(
+        "trajectories",
+        *options,
+        *(f"--set={each}" for each in few),
+        "--teacher-lora=lora/k.safetensors:0.8",
+    )
+    assert code == 0
+    assert out.splitlines()[0] == "Fused into the teacher: k.safetensors at strength 0.8"
+
+
+def test_a_call_from_python_is_as_quiet_as_the_command_line(monkeypatch, tmp_path, recwarn):
+    """And what a user hears of these libraries elsewhere is as it was."""
+    heard = []
+
+    def noisy(*_):
+        warnings.warn("deprecated", FutureWarning, stacklevel=2)
+        heard.extend(one.get_verbosity() for one in libraries)
+        heard.append(kernels.level)
+        raise UserError("enough")
+
+    libraries = diffusers_logging, transformers_logging
+    before = [one.get_verbosity() for one in libraries]
+    kernels = logging.getLogger("bitsandbytes")
+    monkeypatch.setattr(kernels, "level", logging.INFO)
+    monkeypatch.setattr(pipeline, "open_run", noisy)
+    with pytest.raises(UserError, match="enough"):
+        pipeline.distill("toy", tmp_path / "run")
+    assert heard == [logging.ERROR] * 3
+    assert list(recwarn) == []
+    assert [one.get_verbosity() for one in libraries] == before
+    assert kernels.level == logging.INFO
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "percent", "chosen"),
+    [
+        (2, 2, 95.0, 1),
+        (2, 2, 10.0, None),  # nobody else is there
+        (8, 16, 40.0, None),  # six of sixteen are busy, ten are not
+        (8, 16, 75.0, 4),
+        (8, 8, 100.0, 1),
+        (1, 8, 100.0, None),
+    ],
+)
+def test_busy_cores_are_left_alone(monkeypatch, threads, cores, percent, chosen):
+    told = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: cores)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: percent)
+    for name in CHOSEN_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    line = threads_for_idle_cores()
+    assert told == [chosen] * (chosen is not None)
+    if chosen:
+        busy = round(cores * percent / 100)
+        assert line == (
+            f"{busy} of {cores} cores are busy: computes with {chosen} of {threads} threads "
+            "(OMP_NUM_THREADS=N chooses)"
+        )
+    else:
+        assert line is None
+    for name in CHOSEN_BY_USER:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "8")
+            assert threads_for_idle_cores() is None
+
+
 def test_help_waits_for_no_heavy_import():
     program = """
 import sys
 sys.argv = ["rapm", "--help"]
-from rapm import pipeline
 from rapm.cli import main
 try:
     main()

@@ -157,6 +157,24 @@ def test_flops_are_those_of_real_iterations(
     assert plan.hours(100, "training") == pytest.approx(hours)
 
 
+def test_pictures_are_in_the_plan(tiny_config: Config) -> None:
+    """Those of the end, 100 and N guided steps and N plain ones; and those on the way."""
+    config = changed(tiny_config, samples={"count": 0})
+    teacher = teacher_of(config)
+    plan = make_plan(config, teacher)
+    vae = teacher.load(["vae"], torch.float32, "cpu").vae
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        vae.decode(torch.zeros(1, 4, 8, 8))
+    of_pass = plan.flops["trajectories"] / plan.calls
+    decoding = counter.get_total_flops() / of_pass
+    last = 100 + 3 + 3 / 2 + 3 * decoding
+    assert plan.picture_passes == pytest.approx(8 * last, rel=0.01)
+    assert plan.flops["pictures"] == pytest.approx(plan.picture_passes * of_pass)
+    more = make_plan(changed(config, samples={"count": 2, "every": 4}), teacher)  # 0, 4, 8, 10
+    on_the_way = 20 + decoding + 4 * (3 / 2 + decoding)
+    assert more.picture_passes - plan.picture_passes == pytest.approx(2 * on_the_way, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "ema"),
     [*(("rapm", kind, 0.9 * (kind != "sd21")) for kind in SMALL), ("midpoint", "sd15", 0.9)],
@@ -300,6 +318,11 @@ def test_what_is_planned_and_measured_is_told(tiny_config: Config, tiny_midpoint
     )
     text = "\n".join(lines)
     assert "RTX 4090 24 GB" in text
+    assert "of a GPU's peak rate   trajectories   training   pictures" in text
+    calls = plan.calls, plan.picture_passes
+    rolling, drawing = (n * measured.fine_step / 3600 for n in calls)
+    training = sum(5 * seconds for seconds in measured.iterations.values()) / 3600
+    assert f"  {'measured here':36} {rolling:12.2f} {training:10.2f} {drawing:10.2f}" in lines
     for name, seconds in measured.iterations.items():
         assert f"  {f'iteration, {name}':36} {seconds:10.3f} s" in lines
     assert f"  {'a fine step of one trajectory':36} {measured.fine_step:10.3f} s" in lines

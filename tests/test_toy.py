@@ -239,23 +239,55 @@ TEACHER_ROWS = [row("teacher", 100, 0.4, 0.8), row("teacher", 4, 10.0, 0.6)]
 @pytest.mark.parametrize(
     ("method", "fid", "accuracy"), [("rapm", 0.35, 0.66), ("midpoint", 0.30, 0.74)]
 )
-def test_missed_thresholds_are_named(method: str, fid: float, accuracy: float) -> None:
+def test_thresholds_are_a_table(method: str, fid: float, accuracy: float) -> None:
     reached = row("student", 4, fid, accuracy, 0.9, 0.9)
-    assert protocol.missed_thresholds([*TEACHER_ROWS, reached], method) == []
-    short = row("student", 4, fid + 0.01, accuracy - 0.01, 0.89, 0.88)
-    assert protocol.missed_thresholds([*TEACHER_ROWS, short], method) == [
-        f"caption accuracy is {accuracy - 0.01:.3f}, the threshold is >= {accuracy:.3f}",
-        "diversity is 0.890, the threshold is >= 0.900",
-        "sharpness is 0.880, the threshold is >= 0.900",
-        f"FID is {fid + 0.01:.3f}, the threshold is <= {fid:.3f}",
-    ]
+    assert protocol.against_thresholds([*TEACHER_ROWS, reached], method)[1]
+    short = row("student", 4, fid + 0.01, accuracy - 0.01, 0.89, 1.2)
+    assert protocol.against_thresholds([*TEACHER_ROWS, short], method) == (
+        [
+            "threshold   student     asked  reached",
+            f"FID           {fid + 0.01:.3f} <=  {fid:.3f}  no",
+            f"captions      {accuracy - 0.01:.3f} >=  {accuracy:.3f}  no",
+            "diversity     0.890 >=  0.900  no",
+            "sharpness     1.200 >=  0.900  yes",
+        ],
+        False,
+    )
 
 
 def test_every_method_has_thresholds_and_what_is_no_number_misses_them() -> None:
     assert protocol.THRESHOLDS.keys() == set(get_args(MethodName))
     nothing = row("student", 4, *[float("nan")] * 4)
     for method in protocol.THRESHOLDS:
-        assert len(protocol.missed_thresholds([*TEACHER_ROWS, nothing], method)) == 4
+        lines, reached = protocol.against_thresholds([*TEACHER_ROWS, nothing], method)
+        assert [line.split()[-1] for line in lines[1:]] == ["no"] * 4
+        assert not reached
+
+
+def test_a_checkpoint_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another one, or the same of another version, anew."""
+    run = Run(tmp_path, load(method="midpoint"))
+    rows, asked = [*TEACHER_ROWS, row("student", 4, 0.2, 0.8)], []
+    monkeypatch.setattr(protocol, "score", lambda *given: asked.append(given[1:]) or rows)
+    monkeypatch.setattr("rapm.pipeline.open_sampler", lambda run: None)
+    run.save_checkpoint(4, {"a": torch.ones(1)})
+    first = evaluate_run(run)
+    assert first == evaluate_run(run)
+    assert first[1]
+    assert first[0][-1] == f"Scores: {run.scores}"
+    assert asked == [("test", 4)]
+    evaluate_run(run, "validation")
+    assert asked.pop() == ("validation", 4)
+    text = run.scores.read_text()
+    damages = (text[:-9], "[]", text.replace('"model"', '"who"'), text.replace("0.1.0", "0.0.9"))
+    for damaged in damages:
+        run.scores.write_text(damaged)
+        assert evaluate_run(run) == first
+    assert asked == [("test", 4)] * 5
+    run.save_checkpoint(8, {"a": torch.ones(1)})
+    run.save_checkpoint(8, {"a": torch.zeros(1)})
+    assert evaluate_run(run) == evaluate_run(run) == first
+    assert asked == [("test", 4)] * 6
 
 
 def test_a_run_is_scored_against_the_shipped_reference(
@@ -279,13 +311,14 @@ def test_a_run_is_scored_against_the_shipped_reference(
         protocol.measure(sampler, oracle, network.TEACHER, steps, "test") for steps in (3, 1)
     )
     protocol.save_reference("test", many, few)
-    table, missed = evaluate_run(run)
+    table, all_reached = evaluate_run(run)
     scores = json.loads((tmp_path / "scores.json").read_text())
     full, short, student = rows = [protocol.Row(**row) for row in scores["rows"]]
     assert (scores["method"], scores["split"]) == ("midpoint", "test")
-    assert table == protocol.render(rows)
-    assert missed == protocol.missed_thresholds(rows, "midpoint")
-    assert missed[-1].endswith("the threshold is <= 0.300")
+    thresholds, reached = protocol.against_thresholds(rows, "midpoint")
+    assert not reached
+    ends = ["", *thresholds, "", f"Scores: {run.scores}"]
+    assert (table, all_reached) == ([*protocol.render(rows), *ends], False)
     alone = protocol.measure(sampler, oracle, STUDENT, 2, "test")
     shipped = protocol.load_reference("test")[3]
     assert [(row.model, row.steps, row.guidance_scale) for row in rows] == [

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rapm.commands import doctor, leave_busy_cores, plan, presets, prompts
 from rapm.errors import UserError
 from rapm.options import with_settings
+from rapm.text import one_line, output
 
 if TYPE_CHECKING:
-    from rapm.export import Exported
     from rapm.run import Run
 
 app = typer.Typer(
@@ -30,18 +31,38 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"rapm {version('rapm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Its number.")
+    ] = False,
+) -> None: ...
+
+
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
 OutOption = Annotated[
     Path, typer.Option("--out", help="The run's folder; the same command again goes on with it.")
 ]
 
 
-def _open_run(config: Any, out: Path) -> Run:
-    """The run that a command's options ask for; says what its prompts are."""
+def _open_run(chosen: Any, out: Path) -> Run:
+    """The run that a command's options ask for; says what it begins with."""
+    config = chosen()
     from rapm import pipeline
+    from rapm.status import loras_of
 
-    run = pipeline.open_run(config, Path(os.path.expanduser(out)))
-    print(pipeline.describe_prompts(run))
+    preset = chosen.keywords.get("preset")
+    run = pipeline.open_run(config, Path(os.path.expanduser(out)), preset)
+    print("\n".join([*loras_of(config), pipeline.describe_prompts(run)]))
     _say_where_it_goes_on(run)
     return run
 
@@ -54,9 +75,10 @@ def _say_where_it_goes_on(run: Run) -> None:
         print(f"Goes on from {standing(run)}")
 
 
-def _print_exported(files: Exported) -> None:
-    print(f"LoRA for diffusers: {files.diffusers}")
-    print(f"LoRA for ComfyUI, Forge and A1111: {files.kohya}")
+def _print_files(run: Run) -> None:
+    from rapm.status import files_of
+
+    print("\n".join(files_of(run)))
 
 
 @contextmanager
@@ -80,28 +102,25 @@ def distill(
     ] = False,
 ) -> None:
     """The whole chain: trajectories, training, export, pictures."""
-    config = chosen()
     from rapm import pipeline
     from rapm.estimate import check_room, make_plan, render
-    from rapm.export import exported
     from rapm.measure import gpus_here
     from rapm.models.resolve import teacher_of
 
-    run = _open_run(config, out)
+    run = _open_run(chosen, out)
+    config = run.config
     plan = make_plan(config, teacher_of(config))
     print(render(plan, config, gpus_here()))
     no_gpu = config.torch_device == "cpu" and config.device == "auto"
     why = ", as torch sees no GPU (see rapm doctor)" if no_gpu else ""
     print(f"Computes on {config.torch_device}{why}")
+    leave_busy_cores(config)
     if not force:
         check_room(plan, config, run.folder)
     with _told_when_stopped(run):
         if not pipeline.distill_run(run):
             raise KeyboardInterrupt
-    _print_exported(exported(run))
-    for picture in sorted(run.samples.glob("*.png")):
-        if not picture.name.startswith("iteration-"):  # one row each of iterations.png
-            print(f"Picture: {picture}")
+    _print_files(run)
 
 
 @app.command()
@@ -123,7 +142,8 @@ def trajectories(
         raise UserError("name either the folder of a run, or a new one with --out")
     for option in chosen.keywords if run else ():
         raise UserError(f"{run} has its own settings; --{option.replace('_', '-')} goes with --out")
-    opened = Run.existing(run) if run else _open_run(chosen(), out)  # type: ignore[arg-type]
+    opened = Run.existing(run) if run else _open_run(chosen, out)  # type: ignore[arg-type]
+    leave_busy_cores(opened.config)
     with _told_when_stopped(opened), opened.locked():
         store = pipeline.make_trajectories(opened)
     if store.manifest["shard_size"]:
@@ -138,59 +158,6 @@ def trajectories(
 
 
 @app.command()
-@with_settings
-def plan(
-    chosen: Any,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure", help="Make a few real iterations too, with random weights, and time them."
-        ),
-    ] = False,
-) -> None:
-    """What a run would cost: disk, memory, network calls, hours. Loads no weights."""
-    config = chosen()
-    from rapm import estimate
-    from rapm import measure as measuring
-    from rapm.models.resolve import architecture_of
-
-    teacher = architecture_of(config)
-    planned = estimate.make_plan(config, teacher)
-    gpus = measuring.gpus_here() or estimate.GPUS
-    measured = measuring.measure(config, teacher) if measure else None
-    print(estimate.render(planned, config, gpus, measured))
-
-
-@app.command()
-def doctor() -> None:
-    """What this machine has and lacks, each problem with its remedy."""
-    from rapm.doctor import examine
-
-    for line in examine():
-        print(line)
-
-
-@app.command()
-def prompts(
-    out: Annotated[Path, typer.Option("--out", help="The .txt file to write, one prompt a line.")],
-    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Another seed, another choice.")] = 0,
-) -> None:
-    """Write some of the shipped prompts, for those who have none."""
-    from rapm.io import write_text
-    from rapm.prompts import shipped
-
-    if out.exists():
-        raise UserError(f"--out {out} is there already; name another file")
-    if out.suffix.lower() != ".txt":
-        raise UserError(
-            f"--out {out}: prompts are written one a line, into a file that ends in .txt"
-        )
-    write_text(out, "\n".join(shipped(count, seed)) + "\n")
-    print(f"{count:,} prompt{'s' * (count > 1)} in {out}")
-
-
-@app.command()
 def train(run: RunArgument) -> None:
     """Train the student of a run that has its trajectories, or go on with it."""
     from rapm import pipeline
@@ -199,10 +166,12 @@ def train(run: RunArgument) -> None:
 
     opened = Run.existing(run)
     _say_where_it_goes_on(opened)
+    leave_busy_cores(opened.config)
     with _told_when_stopped(opened), opened.locked():
         if not pipeline.train_run(opened):
             raise KeyboardInterrupt
-        _print_exported(export_run(opened))
+        export_run(opened)
+    _print_files(opened)
 
 
 @app.command()
@@ -211,7 +180,9 @@ def export(run: RunArgument) -> None:
     from rapm.export import export_run
     from rapm.run import Run
 
-    _print_exported(export_run(Run.existing(run)))
+    opened = Run.existing(run)
+    export_run(opened)
+    _print_files(opened)
 
 
 @app.command()
@@ -245,8 +216,10 @@ def sample(
 
     if file and file.suffix.lower() != ".png":
         raise UserError(f"--file {file}: pictures are PNG, in a file that ends in .png")
+    opened = Run.existing(run)
+    leave_busy_cores(opened.config)
     picture = sample_run(
-        Run.existing(run),
+        opened,
         prompts=prompt or (),
         seed=seed,
         steps=steps,
@@ -274,14 +247,17 @@ def evaluate(
 
     if split not in ("test", "validation"):
         raise UserError(f"--split is 'test' or 'validation', not '{split}'")
-    table, missed = pipeline.evaluate_run(Run.existing(run), split)
-    print("\n".join(table))
-    for line in missed:
-        print(f"Missed: the student's {line}")
-    if not missed:
-        print("The student reaches every threshold.")
-    if check and missed:
+    opened = Run.existing(run)
+    leave_busy_cores(opened.config)
+    tables, reached = pipeline.evaluate_run(opened, split)
+    print("\n".join(tables))
+    _print_files(opened)
+    if check and not reached:
         raise typer.Exit(1)
+
+
+for _command in (plan, presets, doctor, prompts):
+    app.command()(_command)
 
 
 def main() -> None:
@@ -290,9 +266,10 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nor of kernels for CPUs
     warnings.simplefilter("ignore", FutureWarning)  # diffusers' of teachers' configs, whole
-    try:
-        app()
-    # An OSError here is a disk that is full or a folder that may not be written.
-    except (UserError, OSError) as error:
-        print(f"rapm: {error}", file=sys.stderr)
-        sys.exit(2)
+    with output():
+        try:
+            app()
+        # An OSError here is a disk that is full or a folder that may not be written.
+        except (UserError, OSError) as error:
+            print(f"rapm: {one_line(str(error))}", file=sys.stderr)
+            sys.exit(2)

@@ -26,6 +26,8 @@ from rapm.errors import UserError
 from rapm.methods import METHODS, Batch, Method
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import TEACHER, Backbone
+from rapm.pictures import TEACHER_STEPS
+from rapm.sample import MANY_STEPS, PICTURES
 from rapm.sampling import Conditioning, guided, seeded
 from rapm.trajectories import Trajectory
 
@@ -57,6 +59,7 @@ class Plan:
         memory: of each stage at its peak, by part.
         calls: the teacher's guided passes in the rollout, of one trajectory each.
         iterations: how many of each kind, by who learns.
+        picture_passes: what all pictures of a run take, in guided passes of one picture.
         flops: by stage.
     """
 
@@ -64,6 +67,7 @@ class Plan:
     memory: Memory
     calls: int
     iterations: Mapping[str, int]
+    picture_passes: float
     flops: Mapping[str, float]
 
     @property
@@ -87,7 +91,8 @@ class Stub(list[Trajectory]):
             return torch.randn(shape, generator=generator).to(device)
 
         prompt = {name: drawn(*own) for name, own in family.conditioning(teacher.config).items()}
-        size = {name: x[0].to(device) for name, x in family.of_size(*teacher.size()).items()}
+        own = config.trajectories.sizes()[0] or teacher.size()
+        size = {name: x[0].to(device) for name, x in family.of_size(*own).items()}
         self.unconditional: Conditioning = {name: value[None] for name, value in prompt.items()}
         for shape in sorted(shapes, key=math.prod, reverse=True):
             positions = drawn(slots + 1, *shape), drawn(slots, *shape)
@@ -150,7 +155,9 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     steps = method.grid.slots * method.grid.fine_steps * method.stores_positions
     rollout = {"network": network, f"activations of {rows}": activations} if steps else {}
     training = {"network": network, **learnt, "gradients and activations": peak}
-    others = _other_stages(config, teacher, store[0].absolute[:1], activations)
+    others, decoding = _other_stages(config, teacher, store[0].absolute[:1], activations)
+    of_picture = of_pass / rows
+    pictures = _picture_passes(config, decoding / of_picture)
     positions = sum(bytes_of((row.absolute, row.intermediate)) for row in store if steps)
     prompt, kept = bytes_of(store.unconditional.values()), config.training.keep_checkpoints + 1
     disk = {
@@ -163,23 +170,43 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
         memory={"trajectories": rollout, "training": training, **others},
         calls=steps * settings.count,
         iterations={name: len(numbers) for name, numbers in iterations.items()},
-        flops={"trajectories": steps * settings.count * of_pass / rows, "training": float(flops)},
+        picture_passes=pictures,
+        flops={
+            "trajectories": steps * settings.count * of_picture,
+            "training": float(flops),
+            "pictures": pictures * of_picture,
+        },
     )
 
 
-def _other_stages(config: Config, teacher: Teacher, z: Tensor, sampling: int) -> Memory:
-    """Of encoding and of pictures, where network and VAE stay and the rest takes turns."""
+def _picture_passes(config: Config, decoding: float) -> float:
+    """Of those drawn while it trains and of the last ones, decoding among them; a student's pass is
+    half of a guided one."""
+    samples, slots = config.samples, config.trajectories.slots
+    plain = 0.5 if config.trajectories.guidance_scale > 1 else 1.0
+    every = samples.every or math.ceil(config.training.iterations / 20)
+    rows = math.ceil(config.training.iterations / every) + 1
+    meanwhile = TEACHER_STEPS + decoding + rows * (slots * plain + decoding)
+    last = MANY_STEPS + slots + slots * plain + 3 * decoding
+    return samples.count * meanwhile + PICTURES * last
+
+
+def _other_stages(
+    config: Config, teacher: Teacher, z: Tensor, sampling: int
+) -> tuple[Memory, float]:
+    """Memory of encoding and of pictures, where network and VAE stay and the rest takes turns; and
+    FLOPs of decoding one picture."""
     bare, network, dtype = without_weights(teacher), teacher.family.network, config.torch_dtype
     texts = [part for part in teacher.family.text_parts if not part.startswith("tokenizer")]
     drawn = (bare.draw(part, dtype, "meta") for part in (*texts, network))
     *encoders, whole = (bytes_of(part.parameters()) for part in drawn)
     for_vae = torch.float32 if config.precision == "float16" else dtype
     vae = bare.draw("vae", for_vae, "meta").requires_grad_(False)
-    _, decoding = count(lambda: vae.decode(z.to(for_vae), return_dict=False))
+    flops, decoding = count(lambda: vae.decode(z.to(for_vae), return_dict=False))
     rest = {sum(encoders): "text encoders", sampling: "activations", decoding: "VAE's activations"}
     weights = {"network": whole, "VAE": bytes_of(vae.parameters())}
     pictures = weights | {rest[max(rest)]: max(rest)}
-    return {"encoding prompts": {"text encoders": sum(encoders)}, "pictures": pictures}
+    return {"encoding prompts": {"text encoders": sum(encoders)}, "pictures": pictures}, flops
 
 
 def check_room(plan: Plan, config: Config, out: Path) -> None:
@@ -229,20 +256,22 @@ def render(plan: Plan, config: Config, gpus: Gpus, measured: Measured | None = N
         lines += [f"  {stage:18} {in_words(plan.peaks[stage]):>12}   {named}"] if parts else []
     lines += [f"{'Guided passes of the rollout':38} {plan.calls:>12,}"]
     if gpus or measured:
-        lines += [f"Hours, at {SHARE_OF_PEAK:.0%} of a GPU's peak rate   trajectories   training"]
+        head = f"Hours, at {SHARE_OF_PEAK:.0%} of a GPU's peak rate"
+        lines += [f"{head}   trajectories   training   pictures"]
     for name, (rate, memory) in gpus.items():
-        hours = [plan.hours(rate, stage) for stage in ("trajectories", "training")]
+        hours = [plan.hours(rate, stage) for stage in plan.flops]
         fits = "" if max(plan.peaks.values()) + CONTEXT < memory * 2**30 else "   does not fit"
-        lines += [f"  {name:36} {hours[0]:12.2f} {hours[1]:10.2f}{fits}"]
+        lines += [f"  {name:36} {hours[0]:12.2f} {hours[1]:10.2f} {hours[2]:10.2f}{fits}"]
     if gpus and config.precision == "float32":
         lines += ["  (by the rate in bfloat16; float32, as set here, takes twice as long or more)"]
     if measured:
         training = sum(number * measured.iterations[name] for name, number in each)
         seconds = {"a fine step of one trajectory": measured.fine_step}
         seconds |= {f"iteration, {name}": measured.iterations[name] for name, _ in each}
-        hours = plan.calls * measured.fine_step / 3600, training / 3600
+        rolling, drawing = (n * measured.fine_step for n in (plan.calls, plan.picture_passes))
+        hours = [seconds / 3600 for seconds in (rolling, training, drawing)]
         where = f"{config.torch_device}, {torch.get_num_threads()} CPU threads, random weights"
-        lines += [f"  {'measured here':36} {hours[0]:12.2f} {hours[1]:10.2f}"]
+        lines += [f"  {'measured here':36} {hours[0]:12.2f} {hours[1]:10.2f} {hours[2]:10.2f}"]
         lines += [f"Measured here, {where}"]
         lines += [f"  {name:36} {taken:10.3f} s" for name, taken in seconds.items()]
         lines += [f"  {'memory at the peak':36} {in_words(measured.peak):>12}"]

@@ -10,13 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from rapm.presets import presets
+
 
 def _settings(
     method: Annotated[
         str | None, typer.Option(help="'rapm', the paper's; or 'midpoint', ours.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Teacher and memory, by name, such as sdxl-12gb.")
+        str | None, typer.Option(help=f"Teacher and memory: {', '.join(presets())}.")
     ] = None,
     teacher: Annotated[
         str | None,

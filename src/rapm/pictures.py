@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rapm.errors import UserError
@@ -24,7 +26,7 @@ from rapm.sampling import guided, picture_noise, sample
 from rapm.trajectories import Trajectory, TrajectoryStore
 
 TEACHER_STEPS = 20
-GAP, TITLE = 4, 22  # pixels
+GAP, TITLE, CAPTION = 4, 22, 12  # pixels
 Row = tuple[str, Sequence[Image.Image]]
 
 
@@ -36,25 +38,66 @@ def to_pictures(images: Tensor, min_side: int = 0) -> list[Image.Image]:
     return [Image.fromarray(v).resize(size, Image.Resampling.NEAREST) for v in values]
 
 
-def image_grid(rows: Sequence[Row], file: Path) -> None:
-    """Writes a PNG: a row of pictures for each (title, pictures), the title above it."""
+def image_grid(
+    rows: Sequence[Row],
+    file: Path,
+    *,
+    captions: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a PNG: a row of pictures for each (title, pictures), the title above it.
+
+    Args:
+        captions: of the columns, below the last row.
+        facts: what made it, as JSON, for :func:`facts_of_picture`.
+    """
     sizes = [picture.size for _, pictures in rows for picture in pictures]
     width, height = (max(size[k] for size in sizes) for k in (0, 1))
     columns = max(len(pictures) for _, pictures in rows)
-    size = columns * (width + GAP) + GAP, len(rows) * (height + GAP + TITLE) + GAP
+    below = [_wrapped(caption, width) for caption in captions]
+    bottom = len(rows) * (height + GAP + TITLE) + GAP
+    lines = max((text.count("\n") + 1 for text in below), default=0)
+    size = columns * (width + GAP) + GAP, bottom + lines * (CAPTION + GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for c, text in enumerate(below):
+        at = c * (width + GAP) + GAP, bottom
+        draw.multiline_text(at, text, fill="black", font_size=CAPTION, spacing=GAP)
     for r, (title, pictures) in enumerate(rows):
         top = r * (height + GAP + TITLE) + GAP
         draw.text((GAP, top), title, fill="black", font_size=15)
         for c, picture in enumerate(pictures):
             canvas.paste(picture, (c * (width + GAP) + GAP, top + TITLE))
-    save(canvas, file)
+    save(canvas, file, facts)
 
 
-def save(picture: Image.Image, file: Path) -> None:
+def _wrapped(text: str, width: int) -> str:
+    """In lines that fit; what is beyond the sixth is left out."""
+    draw, lines = ImageDraw.Draw(Image.new("RGB", (1, 1))), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font_size=CAPTION) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines[:5] + (["..."] if len(lines) > 6 else lines[5:]))
+
+
+def save(picture: Image.Image, file: Path, facts: Mapping[str, Any] | None = None) -> None:
+    info = PngInfo()
+    if facts is not None:
+        info.add_itxt("rapm", json.dumps(facts))
     with complete_or_absent(file) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=info)
+
+
+def facts_of_picture(file: Path) -> Any:
+    """What :func:`image_grid` was told of a PNG; None where it is another program's or damaged."""
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            return json.loads(picture.info["rapm"])
+    except (OSError, ValueError, KeyError, SyntaxError):
+        return None
 
 
 class TrainingSamples:

@@ -27,11 +27,13 @@ from rapm.methods import METHODS
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, load_backbone, move
 from rapm.network import TEACHER
-from rapm.pictures import TrainingSamples
+from rapm.pictures import TrainingSamples, decode
+from rapm.presets import check_preset
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
+from rapm.quiet import quiet_libraries
 from rapm.rollout import Contents, make_store, rollout
 from rapm.run import Run
-from rapm.sample import open_sampler, sample_run
+from rapm.sample import newest_checkpoint, open_sampler, sample_run
 from rapm.sampling import Conditioning, guided
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts
@@ -86,8 +88,9 @@ def distill(
         size=size,
         settings=set,
     )
-    run = open_run(chosen, Path(out))
-    return run if distill_run(run) else None
+    with quiet_libraries():
+        run = open_run(chosen, Path(out), preset)
+        return run if distill_run(run) else None
 
 
 def distill_run(run: Run) -> bool:
@@ -101,14 +104,16 @@ def distill_run(run: Run) -> bool:
     return True
 
 
-def open_run(config: Config, out: Path) -> Run:
+def open_run(config: Config, out: Path, preset: str | None = None) -> Run:
     """Creates a run or goes on with one, once all that its settings name is there.
 
     Raises:
-        UserError: no such teacher, prompts or device, or the folder holds something else. A mistake
-            leaves no folder behind.
+        UserError: no such teacher, prompts or device, a preset of another family, or the folder
+            holds something else. A mistake leaves no folder behind.
     """
     teacher = teacher_of(config)
+    if preset:
+        check_preset(preset, teacher)
     prompts, _ = _prompts(config, teacher), config.torch_device
     for size in config.trajectories.sizes():
         teacher.latent_shape(size)
@@ -193,11 +198,12 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         return TrajectoryStore.open(run.trajectories)
     # No trajectory has one of the other prompts, and encoding them takes memory.
     prompts, family = listed.prompts[: own.count], teacher.family
+    device = torch.device(config.torch_device)
     with within_memory(config, "trajectories"):
+        # Now, and not when the first picture is drawn after hours.
+        decode(teacher, torch.zeros(1, teacher.channels, 8, 8), config.torch_dtype, device)
         conditioning, unconditional = _encode(teacher, prompts, config)
         backbone = load_backbone(teacher, config, config.torch_device)
-    for targets in (config.student.targets, config.discriminators.targets):
-        backbone.check_targets(targets)  # now, and not after hours of rollout
     contents = Contents(
         prompts=prompts,
         conditioning=conditioning,
@@ -258,26 +264,30 @@ def train_run(run: Run) -> bool:
 # ---- scores
 
 
-def evaluate_run(
-    run: Run, split: Literal["test", "validation"] = "test"
-) -> tuple[list[str], list[str]]:
-    """Scores a run of the toy teacher and writes ``scores.json``.
+def evaluate_run(run: Run, split: Literal["test", "validation"] = "test") -> tuple[list[str], bool]:
+    """Scores a run of the toy teacher and writes ``scores.json``; once for a checkpoint.
 
     Returns:
-        The table, and the thresholds that the student missed, in words.
+        Tables of scores and thresholds, and whether the student reaches all of these.
     """
     from rapm.evaluate import toy
 
     if teacher_of(run.config).captions is None:
         raise UserError("only the toy teacher has an oracle to be scored with, as yet")
-    rows = toy.score(open_sampler(run), split, run.config.trajectories.slots)
-    scores = {
-        "method": run.config.method,
-        "rows": [asdict(row) for row in rows],
-        "split": split,
-        "command": " ".join(["rapm", *sys.argv[1:]]),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-    }
-    write_json(run.scores if split == "test" else run.folder / f"scores-{split}.json", scores)
-    return toy.render(rows), toy.missed_thresholds(rows, run.config.method)
+    file = run.scores if split == "test" else run.folder / f"scores-{split}.json"
+    checkpoint = newest_checkpoint(run)
+    rows = toy.scored(file, checkpoint)
+    if rows is None:
+        rows = toy.score(open_sampler(run), split, run.config.trajectories.slots)
+        scores = {
+            "method": run.config.method,
+            "rows": [asdict(row) for row in rows],
+            "split": split,
+            "checkpoint": checkpoint,
+            "command": " ".join(["rapm", *sys.argv[1:]]),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+        write_json(file, scores)
+    thresholds, reached = toy.against_thresholds(rows, run.config.method)
+    return [*toy.render(rows), "", *thresholds, "", f"Scores: {file}"], reached

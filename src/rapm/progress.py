@@ -24,7 +24,8 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         ends = self.n == self.total and done != self.n
         if ends or now - when >= SECONDS or self.n - done >= step:
             self._told = now, self.n
-            print(self, file=self.fp, flush=True)
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
         return True
 
     def close(self) -> None:

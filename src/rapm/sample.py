@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,21 @@ import torch
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.io import under_prefix
+from rapm.io import sha256, under_prefix
 from rapm.memory import within_memory
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, move
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.optim import learnt_weights
-from rapm.pictures import image_grid, to_pictures
+from rapm.pictures import facts_of_picture, image_grid, to_pictures
+from rapm.progress import track
 from rapm.prompts import read_prompts
 from rapm.run import Run
 from rapm.sampling import Conditioning, guided, picture_noise, sample
 from rapm.trajectories import check_facts, stored_prompts
+
+MANY_STEPS, PICTURES = 100, 8
+FEW_STEP_GUIDANCE = 3.0  # the toy teacher's best at 4 steps; docs/toy.md
 
 
 class Sampler:
@@ -51,6 +58,7 @@ class Sampler:
         self.negative_prompt, self.batch_size = negative_prompt, batch_size
         self.shape = teacher.latent_shape(size)
         self._of_size = teacher.family.of_size(*(size or teacher.size()))
+        self._on_step: Callable[[], object] = lambda: None
 
     @cached_property
     def _texts(self) -> Any:
@@ -72,6 +80,17 @@ class Sampler:
         finally:
             move(texts, "cpu")
 
+    @contextmanager
+    def watched(self, title: str, num_steps: int) -> Iterator[None]:
+        """A bar over the network's steps meanwhile, each of one batch."""
+        before = self._on_step
+        with track(None, title, total=num_steps) as bar:
+            self._on_step = bar.update
+            try:
+                yield
+            finally:
+                self._on_step = before
+
     @torch.no_grad()
     def latents(
         self,
@@ -80,24 +99,32 @@ class Sampler:
         seeds: Iterable[int],
         num_steps: int,
         batch_size: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Tensor:
         """Latents [n, C, h, w] of prompt i from the noise of seed i.
 
         Args:
             adapter: TEACHER, with guidance, or STUDENT, without.
+            guidance_scale: instead of the teacher's own.
         """
         side_by_side = batch_size or self.batch_size
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
         conditioning, unconditional = self.encode(prompts)
-        scale = self.guidance_scale if adapter == TEACHER else 1.0
+        scale = (guidance_scale or self.guidance_scale) if adapter == TEACHER else 1.0
         denoiser, schedule = guided(self.backbone, unconditional, scale), self.teacher.schedule
+
+        def told(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            prediction = denoiser(z, t, conditioning)
+            self._on_step()
+            return prediction
+
         done = []
         with self.backbone.adapter(adapter):
             for start in range(0, len(z), side_by_side):
                 rows = slice(start, start + side_by_side)
                 own = {name: value[rows] for name, value in conditioning.items()}
                 noise = z[rows].to(self.backbone.device)
-                done.append(sample(denoiser, schedule, noise, own, num_steps))
+                done.append(sample(told, schedule, noise, own, num_steps))
         return torch.cat(done)
 
     def images(
@@ -107,9 +134,10 @@ class Sampler:
         seeds: Iterable[int],
         num_steps: int,
         batch_size: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Tensor:
         """Pictures, float32 [n, 3, H, W] in [-1, 1], on the CPU."""
-        latents = self.latents(adapter, prompts, seeds, num_steps, batch_size)
+        latents = self.latents(adapter, prompts, seeds, num_steps, batch_size, guidance_scale)
         return self.teacher.family.decode(self._vae, latents)
 
 
@@ -152,13 +180,15 @@ def sample_run(
     seed: int = 0,
     steps: int | None = None,
     few_steps: int | None = None,
-    many_steps: int = 100,
-    count: int = 8,
+    many_steps: int = MANY_STEPS,
+    count: int = PICTURES,
     file: Path | None = None,
 ) -> Path:
     """Draws an image grid from the same seeds: teacher at many steps, at few steps, student.
 
     A run may be training meanwhile; one that has no checkpoint yet gives the teacher's two rows.
+    At few steps high guidance breaks pictures, so the teacher is shown there at 3 at most. What is
+    drawn already is not drawn again.
 
     Args:
         prompts: taken in turn; none gives captions that the teacher brings but was not trained on,
@@ -166,34 +196,69 @@ def sample_run(
         steps: the student's; N when left out.
         few_steps: the teacher's in the second row; as many as the student's when left out.
         count: pictures a row.
-        file: where to; ``samples/`` in the run when left out.
+        file: where to; when left out, in the run's ``samples/``, named by prompts and seed.
+
+    Raises:
+        UserError: ``file`` is there and shows something else, or as :func:`open_sampler`.
     """
-    steps = steps or run.config.trajectories.slots
+    config = run.config
+    steps, scale = steps or config.trajectories.slots, config.trajectories.guidance_scale
     few_steps = few_steps or steps
-    iteration, iterations = max(run.checkpoint_steps(), default=0), run.config.training.iterations
-    with within_memory(run.config, "pictures"):
-        sampler = open_sampler(run, student=iteration > 0)
-    texts = list(prompts) or _own_prompts(run, sampler.teacher, count)
+    iteration, iterations = max(run.checkpoint_steps(), default=0), config.training.iterations
+    teacher = teacher_of(config)
+    texts = list(prompts) or _own_prompts(run, teacher, count)
     texts = [texts[i % len(texts)] for i in range(count)]
-    scale = sampler.guidance_scale
-    calls = 1 if scale == 1 else 2
-    rows = [
-        (f"teacher, {n} steps, guidance {scale:g} ({calls * n} network calls)", TEACHER, n)
-        for n in (many_steps, few_steps)
-    ]
-    name = f"seed-{seed}-steps-{steps}"
+    rows = [("teacher", TEACHER, many_steps, scale)]
+    rows += [("teacher", TEACHER, few_steps, min(scale, FEW_STEP_GUIDANCE))]
+    rows += [("student", STUDENT, steps, 1.0)] if iteration else []
+    facts = {
+        "prompts": texts,
+        "seed": seed,
+        "rows": [list(row) for row in rows],
+        "teacher": [teacher.fingerprint, config.trajectories.negative_prompt],
+        "size": config.trajectories.size,
+        "precision": config.precision,
+        "checkpoint": newest_checkpoint(run),
+    }
+    name = _slug(prompts) + f"seed-{seed}-steps-{steps}"
     if iteration < iterations:
         name += f"-iteration-{iteration}"
-    if iteration:
-        so_far = "" if iteration == iterations else f", iteration {iteration:,} of {iterations:,}"
-        student = f"student, {steps} steps, no guidance ({steps} network calls){so_far}"
-        rows.append((student, STUDENT, steps))
-    file = file or run.samples / f"{name}.png"
-    seeds = range(seed, seed + count)
-    with within_memory(run.config, "pictures"):
-        drawn = [(title, sampler.images(adapter, texts, seeds, n)) for title, adapter, n in rows]
-    image_grid([(title, to_pictures(images, 128)) for title, images in drawn], file)
+    if file and file.exists() and facts_of_picture(file) != facts:
+        raise UserError(f"--file {file} is there already and shows something else; name another")
+    names = (f"{name}-{k}.png" if k > 1 else f"{name}.png" for k in itertools.count(1))
+    free = (run.samples / n for n in names)
+    file = file or next(f for f in free if not f.exists() or facts_of_picture(f) == facts)
+    if file.exists():
+        return file
+    with within_memory(config, "pictures"):
+        sampler = open_sampler(run, student=iteration > 0)
+        batches, drawn = -(-count // sampler.batch_size), []
+        with sampler.watched("pictures", batches * sum(n for _, _, n, _ in rows)):
+            for model, adapter, n, guidance in rows:
+                seeds = range(seed, seed + count)
+                images = sampler.images(adapter, texts, seeds, n, guidance_scale=guidance)
+                told = "no guidance" if guidance == 1 else f"guidance {guidance:g}"
+                calls = n * (1 if guidance == 1 else 2)
+                title = f"{model}, {n} steps, {told} ({calls} network calls)"
+                if adapter == STUDENT and iteration < iterations:
+                    title += f", iteration {iteration:,} of {iterations:,}"
+                drawn.append((title, to_pictures(images, 128)))
+    image_grid(drawn, file, captions=texts, facts=facts)
     return file
+
+
+def newest_checkpoint(run: Run) -> str:
+    """A digest of it; empty where there is none."""
+    files = sorted(run.checkpoints.glob("step-*.safetensors"))
+    return sha256(files[-1]) if files else ""
+
+
+def _slug(prompts: Sequence[str]) -> str:
+    """The beginning of a file's name that says what was asked for."""
+    if not prompts:
+        return ""
+    words = re.sub("[^a-z0-9]+", "-", prompts[0].lower())[:40].strip("-") or "prompt"
+    return f"{words}-and-{len(prompts) - 1}-more-" if len(prompts) > 1 else f"{words}-"
 
 
 def _own_prompts(run: Run, teacher: Teacher, count: int) -> list[str]:

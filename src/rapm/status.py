@@ -1,9 +1,20 @@
-"""How far a run has got, in words."""
+"""How far a run has got and what it made, in words."""
 
 from __future__ import annotations
 
+from rapm.config import Config
+from rapm.export import exported
+from rapm.models.resolve import teacher_of
 from rapm.run import Run
 from rapm.trajectories import read_manifest
+
+
+def loras_of(config: Config) -> list[str]:
+    """A line for each LoRA that is fused into the teacher."""
+    return [
+        f"Fused into the teacher: {lora.file.name} at strength {lora.strength:g}"
+        for lora in teacher_of(config).loras
+    ]
 
 
 def standing(run: Run) -> str:
@@ -18,3 +29,15 @@ def standing(run: Run) -> str:
         rolled = min(shards * config.trajectories.shard_size, config.trajectories.count)
         return f"{rolled:,} of {config.trajectories.count:,} trajectories, no checkpoint yet"
     return "its settings, no trajectories and no checkpoint yet"
+
+
+def files_of(run: Run) -> list[str]:
+    """A line for each LoRA and picture that the run has."""
+    lines = []
+    if run.export.is_dir():
+        files = exported(run)
+        lines += [f"LoRA for diffusers: {files.diffusers}"]
+        lines += [f"LoRA for ComfyUI, Forge and A1111: {files.kohya}"]
+    pictures = sorted(run.samples.glob("*.png"))
+    # Each "iteration-" is one row of iterations.png.
+    return lines + [f"Picture: {p}" for p in pictures if not p.name.startswith("iteration-")]

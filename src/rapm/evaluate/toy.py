@@ -10,9 +10,11 @@ it. A few of its pictures are drawn again and compared, so that a stale referenc
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -151,10 +153,10 @@ def _seconds_per_image(
 ) -> tuple[float, Tensor]:
     """Times a batch of 16 pictures, decoding included; returns the pictures too."""
     texts = captions(TIMED, CAPTION_SEED, split)
-    started = time.perf_counter()
-    images = sampler.images(
-        adapter, texts, range(SEEDS["first"], SEEDS["first"] + TIMED), steps, TIMED
-    )
+    seeds = range(SEEDS["first"], SEEDS["first"] + TIMED)
+    with sampler.watched("timing", steps):
+        started = time.perf_counter()
+        images = sampler.images(adapter, texts, seeds, steps, TIMED)
     return (time.perf_counter() - started) / TIMED, images
 
 
@@ -205,22 +207,34 @@ THRESHOLDS = {"rapm": (0.35, 0.66), "midpoint": (0.30, 0.74)}  # FID, captions
 RATIO = 0.9  # of diversity and sharpness
 
 
-def missed_thresholds(rows: list[Row], method: str) -> list[str]:
-    """What a student falls short of, in words; empty when it reaches everything."""
+def against_thresholds(rows: list[Row], method: str) -> tuple[list[str], bool]:
+    """What a student has and what it must have, as a table of lines; and whether it has it all."""
     student, (fid, captions_right) = rows[-1], THRESHOLDS[method]
-    at_least = (
-        ("caption accuracy", student.caption_accuracy, captions_right),
-        ("diversity", student.diversity, RATIO),
-        ("sharpness", student.sharpness, RATIO),
-    )
-    missed = [
-        f"{name} is {value:.3f}, the threshold is >= {least:.3f}"
-        for name, value, least in at_least
-        if not value >= least
+    compared = [("FID", student.fid_to_teacher, "<=", fid, student.fid_to_teacher <= fid)]
+    compared += [
+        (name, value, ">=", least, value >= least)
+        for name, value, least in (
+            ("captions", student.caption_accuracy, captions_right),
+            ("diversity", student.diversity, RATIO),
+            ("sharpness", student.sharpness, RATIO),
+        )
     ]
-    if not student.fid_to_teacher <= fid:
-        missed.append(f"FID is {student.fid_to_teacher:.3f}, the threshold is <= {fid:.3f}")
-    return missed
+    lines = [f"{'threshold':10} {'student':>8} {'asked':>9}  reached"] + [
+        f"{name:10} {value:8.3f} {sign} {asked:6.3f}  {'yes' if reached else 'no'}"
+        for name, value, sign, asked, reached in compared
+    ]
+    return lines, all(reached for *_, reached in compared)
+
+
+def scored(file: Path, checkpoint: str) -> list[Row] | None:
+    """The rows of a file of scores; None where it is of another checkpoint or version, or none."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if (known["checkpoint"], known["versions"]["rapm"]) == (checkpoint, version("rapm")):
+            return [Row(**row) for row in known["rows"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return None
 
 
 def render(rows: list[Row]) -> list[str]:
