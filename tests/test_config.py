@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import changed
+from rapm import presets as presets_file
 from rapm import settings
 from rapm.config import Config, Section, keys, unread
 from rapm.errors import UserError
@@ -273,7 +274,8 @@ def test_a_key_that_the_method_does_not_read_is_refused(
     file = tmp_path / "mine.toml"
     file.write_text(f"[{section}]\n{name} = {value}\n")
     assert told(file=file, method=method) == f"{file}: {line}"
-    monkeypatch.setattr(settings, "CONFIGS", tmp_path)
+    for module in (settings, presets_file):
+        monkeypatch.setattr(module, "CONFIGS", tmp_path)
     (tmp_path / "presets").mkdir()
     file.rename(tmp_path / "presets" / "mine.toml")
     assert told(preset="mine", method=method, teacher="owner/name") == f"settings: {line}"
@@ -292,7 +294,7 @@ def test_a_key_that_the_method_does_not_read_is_refused(
         ("trajectories.slots", 17),
         ("trajectories.guidance_scale", 0.5),
         ("trajectories.guidance_scale", float("inf")),
-        ("trajectories.prompts", 2024),
+        ("trajectories.prompts", [2024]),
         ("training.decay", 1.5),
         ("student.ema", 1),
         ("student.learning_rate", 0),
@@ -302,13 +304,77 @@ def test_a_key_that_the_method_does_not_read_is_refused(
         ("samples.every", -1),
         ("precision", "float64"),
         ("base_precision", "fp8"),
-        ("training", 3),
+        ("training.seed", 2**63),
+        ("training.seed", -(2**63) - 1),
+        ("trajectories.seed", 10**30),
+        ("trajectories.count", 10**9 + 1),
+        ("training.iterations", 2**64),
+        ("training.warmup", 10**10),
+        ("training.batch_size", 4097),
+        ("training.slot_batch", 10**20),
+        ("trajectories.batch_size", 10**20),
+        ("student.rank", 10**12),
+        ("discriminators.rank", 4097),
+        ("discriminators.head_width", 8192),
+        ("samples.every", 2**64),
     ],
 )
 def test_a_wrong_type_or_value_is_told_with_its_key(key, value):
     line = told(f"{key}={value}")
     assert line.startswith(f"settings: {key}: Input should be ")
     assert line.endswith(f"(given: {value!r})")
+
+
+def test_a_value_of_a_section_drops_nothing_of_it(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[trajectories]\ncount = 3\n")
+    for key, value in (("trajectories", "5"), ("training", "[]"), ("rapm", "true")):
+        line = f"{key} is a section: write {key}.KEY=VALUE (given: "
+        assert told(f"{key}={value}", file=file).startswith(f"{file} and settings: {line}")
+        assert told(f"{key}={value}").startswith(f"settings: {line}")
+    assert load(file, settings=["trajectories={seed=5}"]).trajectories.count == 3
+    file.write_text("trajectories = 5\n")
+    assert told(file=file) == (
+        f"{file}: trajectories is a section: write trajectories.KEY=VALUE (given: 5)"
+    )
+
+
+@pytest.mark.parametrize("key", ["trajectories.negative_prompt", "trajectories.prompts", "teacher"])
+def test_a_number_that_is_meant_as_text(key):
+    assert told(f"{key}=2024") == (
+        f"settings: {key}: Input should be a valid string (given: 2024); text needs quotes of its "
+        f"own: '{key}=\"2024\"'"
+    )
+    assert flatten(load(settings=[f'{key}="hub:a/2024"']).model_dump())[key] == "hub:a/2024"
+
+
+@pytest.mark.parametrize("size", ["16392x8", "8x99999999999999999999", "512x512,8x16385"])
+def test_an_absurd_size(size):
+    assert "no side may have more than 16384 pixels" in told(f"trajectories.size='{size}'")
+    assert load(settings=["trajectories.size='16384x16384'"])
+
+
+def test_what_is_too_deep_or_too_long(tmp_path):
+    deep, dotted, long = (
+        f"a = {'[' * 9_999}",
+        f"{'a.' * 5_000}b = 1",
+        f"[training]\nseed = 1{'0' * 9_999}",
+    )
+    lines = ["tables are nested too deeply", "tables are nested too deeply", "is not a TOML file"]
+    for text, line in zip((deep, dotted, long), lines, strict=True):
+        file = tmp_path / "mine.toml"
+        file.write_text(text)
+        for said in (
+            told(file=file),
+            told(text.replace("[training]\n", "training.").replace(" ", "")),
+        ):
+            assert len(said) < 500
+            assert "\n" not in said
+        assert line in told(file=file)
+        with pytest.raises(UserError, match=line):
+            read_run(f"method = 'rapm'\n{text}", "config.toml")
+    assert load(settings=["student.learning_rate=1"]).student.learning_rate == 1.0
+    assert "learning_rate: Input should be" in told("student.learning_rate=1" + "0" * 400)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +459,8 @@ def test_a_missing_file(tmp_path):
 def test_a_file_that_is_no_toml(tmp_path, content):
     file = tmp_path / "mine.toml"
     file.mkdir() if content is None else file.write_bytes(content)
-    assert told(file=file).startswith(f"{file} is not a TOML file: ")
+    expected = f"{file} is no file" if content is None else f"{file} is not a TOML file: "
+    assert told(file=file).startswith(expected)
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
@@ -517,6 +584,17 @@ def test_teacher_and_prompts_may_have_moved():
     assert differences(old, moved, may_have_moved=True) == ["training.seed: 0 -> 5"]
 
 
+def test_more_iterations_go_on_where_no_rate_falls_to_an_end():
+    few, more = (changed(Config(), training={"iterations": n}) for n in (4000, 6000))
+    assert differences(few, more) == []
+    assert differences(more, few) == ["training.iterations: 6000 -> 4000"]
+    few, more = (changed(config, training={"decay": 0.25}) for config in (few, more))
+    assert differences(few, more) == [
+        "training.iterations: 4000 -> 6000, and training.decay = 0.25 has made all learning rates "
+        "fall towards the earlier end"
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 def test_exactly_these_keys_are_free():
     """Every key is changed in turn, valid or not."""
@@ -524,7 +602,7 @@ def test_exactly_these_keys_are_free():
     found = {}
     for key in flatten(old.model_dump()):
         *table, name = key.split(".")
-        change = {name: "another"}
+        change = {name: 1 if key == "training.iterations" else "another"}
         update = {t: getattr(old, t).model_copy(update=change) for t in table} or change
         found[key] = differences(old, old.model_copy(update=update))
     assert list(found) == list(keys(Config))

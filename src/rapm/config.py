@@ -16,11 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rapm.errors import UserError
 from rapm.schedule import Grid
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=4096)]  # what memory holds side by side
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MethodName = Literal["rapm", "midpoint"]
+LARGEST_SIDE = 16384  # pixels
 _SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 
@@ -51,9 +54,9 @@ class Trajectories(Section):
     size: str = ""
     """Pixels, WIDTHxHEIGHT; several, separated by commas, are taken in turn. Empty: the teacher's
     own."""
-    seed: int = 0
+    seed: Seed = 0
     """Trajectory k starts from the noise of (seed, k), unless its prompt has a seed of its own."""
-    batch_size: Positive = 8
+    batch_size: Few = 8
     """Trajectories rolled out, and pictures sampled, side by side; costs memory, changes nothing.
     """
     shard_size: Positive = 20
@@ -70,13 +73,15 @@ class Trajectories(Section):
             raise ValueError(
                 "write WIDTHxHEIGHT in pixels, several with commas between: 1024x1024,896x1152"
             )
+        if any(len(side) > 5 or int(side) > LARGEST_SIDE for side in re.findall(r"\d+", text)):
+            raise ValueError(f"no side may have more than {LARGEST_SIDE} pixels")
         return text
 
 
 class Student(Section):
     """The student's LoRA and how it learns."""
 
-    rank: Positive = 16
+    rank: Few = 16
     """LoRA rank; alpha is the rank (scale 1)."""
     targets: list[str] = []
     """Names of the modules that get LoRA; empty: all attention, feed-forward and convolutions."""
@@ -101,11 +106,11 @@ class Discriminators(Section):
     schedule: Literal["alternate", "joint"] = "alternate"
     """alternate: even iterations update both discriminators, odd ones the student. joint: every
     iteration updates all."""
-    rank: Positive = 8
+    rank: Few = 8
     """LoRA rank of each."""
     targets: list[str] = []
     """As for the student."""
-    head_width: Annotated[int, Field(ge=4, multiple_of=4)] = 64
+    head_width: Annotated[int, Field(ge=4, le=4096, multiple_of=4)] = 64
     """Channels of each head."""
     learning_rate: Rate = 1e-4
     """AdamW, betas 0 and 0.999."""
@@ -138,14 +143,14 @@ class Training(Section):
 
     iterations: Positive = 20_000
     """Of all kinds: where discriminators and student take turns, both kinds count."""
-    batch_size: Positive = 1
+    batch_size: Few = 1
     """Trajectories in an iteration."""
-    slot_batch: Positive = 1
+    slot_batch: Few = 1
     """Slots in one pass: 1 needs least memory, N is fastest where one slot does not fill the GPU.
     """
     huber_c: Rate = 1e-3
     """c of the pseudo-Huber distance."""
-    warmup: Annotated[int, Field(ge=0)] = 20
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 20
     """Iterations over which all learning rates rise from zero."""
     decay: Fraction = 0.0
     """Share of the iterations, at the end, over which all learning rates fall linearly to zero."""
@@ -160,7 +165,7 @@ class Training(Section):
     compile: bool = False
     """torch.compile of the network's repeated blocks: results within rounding, which is checked
     before the first iteration. Minutes at the start."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything drawn in training and of the adapters' first weights."""
     checkpoint_every: Positive = 500
     """Iterations between checkpoints; one is written every 15 minutes besides, and at the end."""
@@ -171,7 +176,7 @@ class Training(Section):
 class Samples(Section):
     """Pictures while it trains: the same prompts and seeds again and again, one row each time."""
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: Annotated[int, Field(ge=0, le=10**9)] = 0
     """Iterations between rows; 0: 20 rows in a run."""
     count: Annotated[int, Field(ge=0, le=64)] = 8
     """Pictures in a row; 0: none."""

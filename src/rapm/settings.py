@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from rapm.config import Config, MethodName, keys, unread
 from rapm.errors import UserError
+from rapm.io import NoFile, read
+from rapm.presets import CONFIGS, presets
 from rapm.prompts import is_hub
 
-CONFIGS = Path(__file__).parent / "configs"
+SECTIONS = {key.partition(".")[0] for key in keys(Config) if "." in key}
 
 # These change how fast a run goes, what it costs or what it leaves behind, and what it computes by
 # no more than rounding.
@@ -86,18 +88,18 @@ def load(
     teacher_name = last("teacher", Config.model_fields["teacher"].default)
     if preset is None and teacher_name in presets():
         preset = teacher_name
+    origins = [*([str(file)] if file else []), *(["settings"] if settings or not file else [])]
+    origin = " and ".join(origins)
     table = _preset(preset, last("method", ""))
     for part in given:
+        for key in SECTIONS & part.keys():
+            if not isinstance(part[key], Mapping):  # else it would replace what others set there
+                raise UserError(
+                    f"{origin}: {key} is a section: write {key}.KEY=VALUE "
+                    f"(given: {_shortened(repr(part[key]))})"
+                )
         table = _merge(table, part)
-    origin = [str(file)] if file else []
-    return parse(table, " and ".join([*origin, *(["settings"] if settings or not file else [])]))
-
-
-def presets() -> list[str]:
-    """Names of the shipped presets."""
-    return sorted(
-        file.stem for file in (CONFIGS / "presets").glob("*.toml") if "." not in file.stem
-    )
+    return parse(table, origin)
 
 
 def _preset(name: str | None, method: str) -> dict[str, Any]:
@@ -132,22 +134,36 @@ def parse(table: Mapping[str, Any], origin: str) -> Config:
             whose table it was.
     """
     try:
-        return Config.model_validate(table)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
-        if unknown:
-            table = unknown["input"] if isinstance(unknown["input"], Mapping) else {}
-            key = ".".join([*map(str, unknown["loc"]), *list(flatten(table))[:1]])
-            near = difflib.get_close_matches(key, list(keys(Config)), 1, 0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"{origin}: unknown key '{key}'{hint}") from None
-        # Of a union's branches, the one that got furthest, without its name.
-        first = max(errors, key=lambda e: len(e["loc"]))
-        key = ".".join(str(part) for part in first["loc"] if not {*"-["} & {*str(part)})
-        message = first["msg"].removeprefix("Value error, ")
-        given = f" (given: {first['input']!r})" if key else ""
-        raise UserError(f"{origin}: {key + ': ' if key else ''}{message}{given}") from None
+        try:
+            return Config.model_validate(table)
+        except ValidationError as error:
+            raise UserError(f"{origin}: {_mistake(error)}") from None
+    except RecursionError:
+        raise UserError(f"{origin}: tables are nested too deeply") from None
+
+
+def _mistake(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
+    if unknown:
+        table = unknown["input"] if isinstance(unknown["input"], Mapping) else {}
+        key = ".".join([*map(str, unknown["loc"]), *list(flatten(table))[:1]])
+        near = difflib.get_close_matches(key, list(keys(Config)), 1, 0.5)
+        return f"unknown key '{_shortened(key)}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    # Of a union's branches, the one that got furthest, without its name.
+    first = max(errors, key=lambda e: len(e["loc"]))
+    key = ".".join(str(part) for part in first["loc"] if not {*"-["} & {*str(part)})
+    message, value = first["msg"].removeprefix("Value error, "), first["input"]
+    if not key:
+        return message
+    hint = ""
+    if first["type"] == "string_type" and type(value) in (int, float):
+        hint = f"; text needs quotes of its own: '{key}=\"{value}\"'"
+    return f"{key}: {message} (given: {_shortened(repr(value))}){hint}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def dump(config: Config) -> str:
@@ -166,10 +182,7 @@ def read_run(text: str, origin: str) -> Config:
     Raises:
         UserError: it is damaged or of another version.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{origin} is not a TOML file: {error}") from None
+    table = _toml(text, origin)
     if "method" not in table:
         raise UserError(
             f"{origin} names no method: the run was made by an older rapm, and this one cannot go "
@@ -181,6 +194,8 @@ def read_run(text: str, origin: str) -> Config:
 def differences(old: Config, new: Config, *, may_have_moved: bool = False) -> list[str]:
     """The keys in which two configurations would compute different results, with both values.
 
+    More iterations are the same result and then some, where no learning rate falls to an end.
+
     Args:
         may_have_moved: leave out those that say where teacher and prompts lie.
     """
@@ -188,7 +203,18 @@ def differences(old: Config, new: Config, *, may_have_moved: bool = False) -> li
         return [f"method: {old.method!r} -> {new.method!r}"]
     a, b = flatten(old.model_dump()), flatten(new.model_dump())
     free = _FREE_ON_RESUME | (_PLACES if may_have_moved else set())
-    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and key not in free]
+    changed = {
+        key: f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and key not in free
+    }
+    if old.training.iterations < new.training.iterations:  # the first ones are the same, unless:
+        if old.training.decay:
+            changed["training.iterations"] += (
+                f", and training.decay = {old.training.decay:g} has made all learning rates fall "
+                "towards the earlier end"
+            )
+        else:
+            del changed["training.iterations"]
+    return list(changed.values())
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,11 +264,20 @@ def _absolute(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return _toml(read(file).decode(), str(file))
+    except NoFile:
         raise UserError(f"there is no config file {file}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{file} is not a TOML file: {error}") from None
+
+
+def _toml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{origin}: tables are nested too deeply") from None
+    except ValueError as error:  # of TOML, and of Python's longest integer
+        raise UserError(f"{origin} is not a TOML file: {error}") from None
 
 
 def _setting(text: str) -> dict[str, Any]:
@@ -252,7 +287,7 @@ def _setting(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text!r}: write KEY=VALUE, for instance training.iterations=100")
     parsed: Any
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = _toml(f"value = {value}", "")["value"]
+    except UserError:
         parsed = value.strip()
     return _nested(key.strip(), parsed)
