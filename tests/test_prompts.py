@@ -146,9 +146,45 @@ def test_what_comes_again_is_left_out_and_counted(write):
         (
             "a.csv",
             'prompt,seed\n"a\ncat",1\na dog,2.5\n',
-            "a.csv line 4: seed is not an integer (given: '2.5')",
+            "a.csv line 4: seed is not an integer of 64 bits (given: '2.5')",
         ),
         ("a.csv", "prompt,seed\na cat,1\n ,2\n", "a.csv line 3: prompt is empty"),
+        (
+            "a.csv",
+            "prompt,seed,prompt\na cat,1,a dog\n",
+            "a.csv line 1: column prompt is there twice; keep one of them",
+        ),
+        (
+            "a.tsv",
+            "text\tTEXT \na\tb\n",
+            "a.tsv line 1: column text is there twice; keep one of them",
+        ),
+        (
+            "a.csv",
+            "seed,text,seed\n1,a,2\n",
+            "a.csv line 1: column seed is there twice; keep one of them",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "a", "Text": "b"}',
+            "a.jsonl line 2: column text is there twice; keep one of them",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "a", "text": "b"}',
+            "a.jsonl line 2: this is not JSON ('text' is there twice)",
+        ),
+        ("a.jsonl", "[" * 100_000, "a.jsonl line 1: this is not JSON (nested too deeply)"),
+        (
+            "a.csv",
+            "prompt,seed\na cat,9223372036854775808\n",
+            "a.csv line 2: seed is not an integer of 64 bits (given: '9223372036854775808')",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "seed": 1e30}',
+            "a.jsonl line 1: seed is not an integer of 64 bits (given: 1e+30)",
+        ),
         ("a.jsonl", '"a cat"\n{"prompt": \n', "a.jsonl line 2: this is not JSON (Expecting value)"),
         (
             "a.jsonl",
@@ -175,12 +211,12 @@ def test_what_comes_again_is_left_out_and_counted(write):
         (
             "a.jsonl",
             '{"text": "a", "seed": 1.5}',
-            "a.jsonl line 1: seed is not an integer (given: 1.5)",
+            "a.jsonl line 1: seed is not an integer of 64 bits (given: 1.5)",
         ),
         (
             "a.jsonl",
             '{"text": "a", "seed": true}',
-            "a.jsonl line 1: seed is not an integer (given: True)",
+            "a.jsonl line 1: seed is not an integer of 64 bits (given: True)",
         ),
         (
             "a.xlsx",
@@ -212,7 +248,7 @@ def test_mistakes_in_a_parquet_file(write, monkeypatch):
     pq.write_table(pa.table({"prompt": ["a", "b", None]}), "a.parquet")
     assert told("a.parquet") == "a.parquet row 3: prompt is empty"
     pq.write_table(pa.table({"prompt": ["a", "b"], "seed": [1.0, 2.5]}), "a.parquet")
-    assert told("a.parquet") == "a.parquet row 2: seed is not an integer (given: 2.5)"
+    assert told("a.parquet") == "a.parquet row 2: seed is not an integer of 64 bits (given: 2.5)"
     pq.write_table(
         pa.table({"prompt": ["a", "b", "c"], "seed": [1.0, None, float("nan")]}), "a.parquet"
     )
@@ -358,7 +394,7 @@ def test_the_longest_of_several_tokenizers_counts(tokenizer):
 
 def test_the_limit_is_77_or_the_tokenizers_own(tokenizer):
     assert token_limit([tokenizer]) == 24
-    assert token_limit([SimpleNamespace(model_max_length=10**30)]) == 77
+    assert token_limit([SimpleNamespace(model_max_length=248)]) == 248
     assert token_limit([SimpleNamespace(model_max_length=77), tokenizer]) == 24
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rapm.errors import UserError, first_line
+from rapm.io import read
 
 COLUMNS = ("prompt", "caption", "text")  # the first of them that is there
 
@@ -43,7 +44,7 @@ class _Columns:
 def _columns(where: str, names: Sequence[str]) -> _Columns:
     """
     Raises:
-        UserError: no column has a prompt's name.
+        UserError: no column has a prompt's name, or two have the same.
     """
     known = {name.strip().lower(): name for name in reversed(names)}
     text = next((known[column] for column in COLUMNS if column in known), None)
@@ -52,7 +53,11 @@ def _columns(where: str, names: Sequence[str]) -> _Columns:
         raise UserError(
             f"{where}: no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; there are: {there}"
         )
-    return _Columns(text, known.get("seed"))
+    columns = _Columns(text, known.get("seed"))
+    for name in columns.named():  # one of two would be taken in silence
+        if sum(name.strip().lower() == other.strip().lower() for other in names) > 1:
+            raise UserError(f"{where}: column {name} is there twice; keep one of them")
+    return columns
 
 
 def _row(where: str, record: Mapping[str, Any], columns: _Columns) -> Row:
@@ -65,7 +70,7 @@ def _row(where: str, record: Mapping[str, Any], columns: _Columns) -> Row:
 
 
 def read_text(file: Path) -> str:
-    data = file.read_bytes()
+    data = read(file)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +93,9 @@ def _txt_rows(file: Path) -> Iterator[Row]:
 def _jsonl_rows(file: Path) -> Iterator[Row]:
     for where, line in _lines(file):
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_once)
+        except RecursionError:
+            raise UserError(f"{where}: this is not JSON (nested too deeply)") from None
         except ValueError as error:
             raise UserError(
                 f"{where}: this is not JSON ({str(error).split(': line')[0]})"
@@ -99,6 +106,15 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
             yield _row(where, value, _columns(where, list(value)))
         else:
             raise UserError(f"{where}: this is neither an object nor a string")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which Python would read with the last of two equal names."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is there twice")
+    return dict(pairs)
 
 
 def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:

@@ -11,7 +11,6 @@ from typing import Any
 from rapm.errors import UserError
 from rapm.prompt_files import READERS, Row, hub_rows, read_text
 
-MOST_TOKENS = 77  # what CLIP's text encoders read, its two marks included
 HUB = "hub:"
 
 
@@ -84,9 +83,14 @@ def _prompt(row: Row) -> Prompt:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f"{row.where}: {row.name} holds half a character (a lone surrogate)")
     try:
-        return Prompt(text, _seed(row.seed))
+        seed = _seed(row.seed)
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise ValueError
+        return Prompt(text, seed)
     except ValueError:
-        raise UserError(f"{row.where}: seed is not an integer (given: {row.seed!r})") from None
+        raise UserError(
+            f"{row.where}: seed is not an integer of 64 bits (given: {row.seed!r})"
+        ) from None
 
 
 def _seed(value: object) -> int | None:
@@ -125,9 +129,9 @@ def shipped(count: int, seed: int) -> list[str]:
 
 
 def token_limit(tokenizers: Sequence[Any]) -> int:
-    """How many tokens of a prompt a teacher with these tokenizers sees: 77, or fewer where one of
-    them says so."""
-    return min(MOST_TOKENS, *(tokenizer.model_max_length for tokenizer in tokenizers))
+    """How many tokens of a prompt a teacher with these tokenizers sees, start and end marks
+    included."""
+    return min(tokenizer.model_max_length for tokenizer in tokenizers)
 
 
 def count_longer(texts: Sequence[str], tokenizers: Sequence[Any], limit: int) -> int:
