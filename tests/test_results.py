@@ -8,20 +8,22 @@ import re
 import shutil
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import rapm
 from conftest import SMALL, changed, make_lora
 from ldm import unet_name
-from rapm import settings
+from rapm import io, settings
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.export import export_run, exported, kohya_state, model_card
@@ -501,6 +503,33 @@ def test_a_refused_command_leaves_the_run_as_it_was(
         assert Run.existing(run.folder).config == config
 
 
+# ---- what may go wrong
+
+
+def test_an_export_that_fails_leaves_the_one_before(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in finished.folder.rglob("*") if file.is_file()}
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    kept = files()
+    with finished.locked(), pytest.raises(UserError, match="another process is working on"):
+        export_run(Run.existing(finished.folder))
+    with monkeypatch.context() as patch, pytest.raises(io.NotWritten) as caught:
+        patch.setattr(io, "save_file", full)
+        export_run(finished)
+    assert str(caught.value).endswith(
+        "pytorch_lora_weights.safetensors could not be written: Error while serializing: No space "
+        "left on device (os error 28)"
+    )
+    assert files() == kept
+    export_run(finished)
+    assert files().keys() == kept.keys()
+
+
 # ---- the card
 
 
@@ -549,6 +578,23 @@ def test_the_card_keeps_names_that_are_no_places(finished: Run) -> None:
     card = model_card(Run(finished.folder, config), teacher_of(finished.config), "k")
     assert "base_model: owner/name\n" in card
     assert settings_in(card) == config
+
+
+def test_the_card_shows_others_names_and_texts_as_they_are(finished: Run) -> None:
+    text = "</code><script>alert(1)</script>\n```\n# a\x1b"
+    name = "<img src=x>`a.safetensors"
+    config = changed(finished.config, trajectories={"negative_prompt": text})
+    fused: Any = SimpleNamespace(file=Path(f"/x/{name}"), strength=0.7)
+    teacher = replace(teacher_of(finished.config), loras=(fused,))
+    card = model_card(Run(finished.folder, config), teacher, "k")
+    assert f"- ``{name}`` at strength 0.7\n" in card
+    fence = card.split("\n")[-2]
+    assert fence == "````"
+    before, block, after = card.split(fence)
+    shown = settings.read_run(block.removeprefix("toml\n"), "card")
+    assert shown.trajectories.negative_prompt == text
+    assert "<script>" in block and "<script>" not in before + after
+    assert "\x1b" not in card
 
 
 def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(

@@ -21,6 +21,7 @@ from rapm.network import STUDENT
 from rapm.prompts import is_hub
 from rapm.run import Run
 from rapm.sample import open_sampler
+from rapm.text import code_block, code_span
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -38,13 +39,13 @@ tags: [text-to-image, diffusers, lora, template:sd-lora, {method}]
 ---
 # A {steps}-step LoRA, trained by rapm's method `{method}`
 
-Distilled with rapm {version} from `{teacher}` at guidance scale {guidance_scale}, which is baked
+Distilled with rapm {version} from {teacher} at guidance scale {guidance_scale}, which is baked
 in: sample without guidance. {words}
 {loras}
 | file | for |
 |---|---|
 | `{diffusers_file}` | diffusers 0.30 and newer; other programs load a part of it and say nothing |
-| `{kohya_file}` | ComfyUI, Forge, A1111, SD.Next, InvokeAI and kohya's scripts |
+| {kohya_file} | ComfyUI, Forge, A1111, SD.Next, InvokeAI and kohya's scripts |
 
 Both hold the same LoRA. Its strength is 1.0.
 
@@ -63,7 +64,7 @@ TEACHER is the model it was distilled from, FOLDER is where this file is.
 
 ## Other programs
 
-`{kohya_file}` goes where your LoRAs are. {steps} steps and cfg 1 everywhere.
+{kohya_file} goes where your LoRAs are. {steps} steps and cfg 1 everywhere.
 
 | program | sampler | scheduler |
 |---|---|---|
@@ -75,8 +76,7 @@ was not trained on.
 
 ## Settings
 
-```toml
-{settings}```
+{settings}
 """
 
 
@@ -99,25 +99,28 @@ def export_run(run: Run) -> Exported:
 
     Training is at scale 1 (alpha = rank) and both files say so, so they load at strength 1.0.
     """
-    sampler, config = open_sampler(run), run.config
-    teacher, backbone, steps = sampler.teacher, sampler.backbone, config.trajectories.slots
-    files, part = exported(run), teacher.family.network
-    state, names = backbone.lora_state(STUDENT), teacher.family.lora_names(backbone.network)[0]
-    with complete_or_absent_folder(run.export) as folder:
-        # Without peft's settings as metadata, which other versions of it refuse. diffusers takes
-        # alpha for the rank then, and so it is.
-        save_tensors(folder / DIFFUSERS_FILE, with_prefix(part, state), {"format": "pt"})
-        described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, steps)
-        save_tensors(folder / files.kohya.name, kohya_state(state, names), described)
-        teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
-        write_text(folder / "README.md", model_card(run, teacher, files.kohya.name))
-    return files
+    with run.locked():
+        sampler, config = open_sampler(run), run.config
+        teacher, backbone, steps = sampler.teacher, sampler.backbone, config.trajectories.slots
+        files, part = exported(run), teacher.family.network
+        state, names = backbone.lora_state(STUDENT), teacher.family.lora_names(backbone.network)[0]
+        with complete_or_absent_folder(run.export) as folder:
+            # Without peft's settings as metadata, which other versions of it refuse. diffusers
+            # takes alpha for the rank then, and so it is.
+            save_tensors(folder / DIFFUSERS_FILE, with_prefix(part, state), {"format": "pt"})
+            described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, steps)
+            save_tensors(folder / files.kohya.name, kohya_state(state, names), described)
+            teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
+            write_text(folder / "README.md", model_card(run, teacher, files.kohya.name))
+        return files
 
 
 def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
     """Of what the run was: its method, teacher and settings. Where things lay is left out."""
     config = run.config
-    fused = "".join(f"- `{lo.file.name}` at strength {lo.strength:g}\n" for lo in teacher.loras)
+    fused = "".join(
+        f"- {code_span(lo.file.name)} at strength {lo.strength:g}\n" for lo in teacher.loras
+    )
     local = os.path.isabs(config.teacher)  # where it lies is nobody else's business
     places = {
         "teacher": os.path.basename(config.teacher) if local else config.teacher,
@@ -132,14 +135,16 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         base="" if local else f"base_model: {config.teacher.partition('@')[0]}\n",
         method=config.method,
         words=METHOD_WORDS[config.method],
-        teacher=places["teacher"],
+        teacher=code_span(places["teacher"]),
         loras=loras if fused else "",
         steps=config.trajectories.slots,
         guidance_scale=config.trajectories.guidance_scale,
         version=version("rapm"),
-        kohya_file=kohya_file,
+        kohya_file=code_span(kohya_file),
         diffusers_file=DIFFUSERS_FILE,
-        settings=settings.dump(config.model_copy(update={**places, "trajectories": shown})),
+        settings=code_block(
+            settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"
+        ),
     )
 
 
