@@ -1,22 +1,34 @@
 """A file is complete or absent, and comes back as it was written."""
 
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from rapm import io
+from rapm.errors import UserError
 from rapm.io import (
+    append_line,
     complete_or_absent,
     complete_or_absent_folder,
+    load_checked,
+    load_made,
     load_metadata,
     load_tensors,
+    read,
+    save_checked,
     save_tensors,
     sha256,
+    sweep,
     under_prefix,
     with_prefix,
     write_json,
     write_text,
 )
+from rapm.pictures import save
 
 
 def contents(folder):
@@ -82,6 +94,125 @@ def test_a_tensor_file_has_the_permissions_of_any_new_file(tmp_path):
     modes = {(tmp_path / name).stat().st_mode for name in ("a.safetensors", "plain")}
     assert len(modes) == 1
     assert load_metadata(tmp_path / "a.safetensors") == {"step": "7"}
+
+
+def test_a_file_and_its_name_are_on_the_disk_before_and_after_it_is_renamed(tmp_path, monkeypatch):
+    """Else a power cut leaves an empty file under the name of a whole one."""
+    did = []
+    replace = Path.replace
+
+    def renamed(self, target):
+        did.append(f"rename {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(io, "sync", lambda path: did.append(f"sync {path.name}"))
+    monkeypatch.setattr(Path, "replace", renamed)
+    (tmp_path / "x").mkdir()
+    write_text(tmp_path / "x" / "a", "")
+    assert did == ["sync .a.partial", "rename a", "sync x"]
+    did.clear()
+    with complete_or_absent_folder(tmp_path / "x") as folder:
+        (folder / "b").write_text("")
+        (folder / "c").mkdir()
+        (folder / "c" / "d").write_text("")
+    assert sorted(did[:4]) == ["sync .x.partial", "sync b", "sync c", "sync d"]
+    assert did[4:] == ["rename .x.old.partial", "rename x", f"sync {tmp_path.name}"]
+
+
+def test_what_cannot_be_written_is_told_with_its_place(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for write in (
+        lambda: write_text(tmp_path / "file" / "a", ""),
+        lambda: save_tensors(tmp_path / "file" / "a", {}),
+        lambda: append_line(tmp_path / "file" / "a", ""),
+        lambda: complete_or_absent_folder(tmp_path / "file" / "a").__enter__(),
+        lambda: save(Image.new("RGB", (1, 1)), tmp_path / "file" / "a"),
+    ):
+        with pytest.raises(io.NotWritten, match=r"/file/a could not be written: \[Errno (17|20)\]"):
+            write()
+
+
+def test_a_folder_comes_back_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    write_text(tmp_path / "x" / "a", "old")
+    replace = Path.replace
+
+    def held(self, target):
+        if self.name == ".x.partial":
+            raise PermissionError(13, "another program has it")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    with pytest.raises(io.NotWritten), complete_or_absent_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+    assert contents(tmp_path / "x") == {"a": "old"}
+
+
+def test_a_sweep_takes_what_killed_writes_left_and_brings_back_what_was_to_be_replaced(tmp_path):
+    for name in (".x.partial/a", ".x.old.partial/a", "y/a", ".y.old.partial/b", ".tmpAbC123"):
+        write_text(tmp_path / name, name)
+    for name in (".tmp", ".tmpAbC1234", "a.partial", ".partial", ".lock"):
+        write_text(tmp_path / name, "")
+    sweep(tmp_path)
+    sweep(tmp_path / "none")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *(".lock", ".partial", ".tmp", ".tmpAbC1234", "a.partial", "x", "y")
+    ]
+    assert contents(tmp_path / "x") == {"a": ".x.old.partial/a"}
+    assert contents(tmp_path / "y") == {"a": "y/a"}
+
+
+def test_what_cannot_be_read_is_not_called_absent(tmp_path, monkeypatch):
+    with pytest.raises(io.NoFile, match=f"there is no file {tmp_path}/a"):
+        read(tmp_path / "a")
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"^{path} is no file$"):
+            read(path)
+    write_text(tmp_path / "a", "é")
+    assert read(tmp_path / "a") == "é".encode()
+    save_checked(tmp_path / "b", {}, {})
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    for call, name in ((read, "a"), (load_made, "b"), (load_checked, "b")):
+        with pytest.raises(UserError) as caught:
+            call(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name} cannot be read: Permission denied"
+        assert not isinstance(caught.value, io.NoFile)
+
+
+def test_checked_tensors_round_trip_and_equal_ones_are_equal_files(tmp_path):
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(5).bfloat16(), "c": torch.tensor(7)}
+    tensors |= {"d": torch.empty(0, 2), "e": torch.tensor([True, False])}
+    made = {"step": 7, "facts": {"x": [1, "é"], "a": None}}
+    for name, given in (("a", tensors), ("b", dict(reversed(tensors.items())))):
+        save_checked(tmp_path / name, given, made)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    told, loaded = load_checked(tmp_path / "a")
+    assert told == made
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
+def test_any_damaged_byte_of_a_checked_file_is_told(tmp_path):
+    """Every single one of the header's and the values'."""
+    file = tmp_path / "a"
+    save_checked(file, {"a": torch.arange(3.0), "b": torch.arange(2)}, {"step": 7})
+    whole = file.read_bytes()
+    silent = []
+    for place in range(len(whole)):
+        for flip in (1, 32, 128):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                load_checked(file)
+                silent.append(whole[place : place + 1])
+            except io.Damaged as error:
+                assert "\n" not in str(error)
+    assert silent == []
 
 
 def test_sha256(tmp_path):
