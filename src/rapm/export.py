@@ -108,7 +108,8 @@ def export_run(run: Run) -> Exported:
             # Without peft's settings as metadata, which other versions of it refuse. diffusers
             # takes alpha for the rank then, and so it is.
             save_tensors(folder / DIFFUSERS_FILE, with_prefix(part, state), {"format": "pt"})
-            described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, steps)
+            size = config.trajectories.sizes()[0] or teacher.size()
+            described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, steps, size)
             save_tensors(folder / files.kohya.name, kohya_state(state, names), described)
             teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
             write_text(folder / "README.md", model_card(run, teacher, files.kohya.name))
@@ -165,10 +166,12 @@ def kohya_state(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[s
     return written
 
 
-def kohya_metadata(teacher: Teacher, rank: int, title: str, steps: int) -> dict[str, str]:
+def kohya_metadata(
+    teacher: Teacher, rank: int, title: str, steps: int, size: tuple[int, int]
+) -> dict[str, str]:
     """What kohya's tools, ComfyUI's and A1111's browsers show of a LoRA, and choose a base by."""
     base, architecture = teacher.family.base_model(teacher.config)
-    width, height = teacher.size()
+    width, height = size
     return {
         "ss_base_model_version": base,
         "ss_v2": str(base.startswith("sd_v2")),  # by which alone A1111 tells Stable Diffusion 2

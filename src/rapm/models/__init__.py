@@ -29,6 +29,9 @@ class Family:
             for each naming that such files have; the first is written.
         feature_layers: paths of the modules whose outputs discriminators read, in a network.
         call: runs the network: ``(network, z, t, conditioning) -> prediction``.
+        served: of a part's config, the fields that change what ``call``, ``encode`` or ``decode``
+            would have to give, each with the values that they serve; what is left out has the
+            first. ``_class_name`` is the part's class.
         encode: ``(pipeline, prompts) -> conditioning`` of each prompt, tensors [n, ...] on the CPU.
         unconditional: ``(pipeline, negative prompt) -> conditioning`` that guidance leads away
             from, [1, ...] on the CPU.
@@ -53,6 +56,7 @@ class Family:
     lora_names: Callable[[nn.Module], tuple[dict[str, str], ...]]
     feature_layers: Callable[[nn.Module], list[str]]
     call: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+    served: Mapping[str, Mapping[str, tuple[Any, ...]]]
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]]
     unconditional: Callable[[Any, str], dict[str, Tensor]]
     of_size: Callable[[int, int], dict[str, Tensor]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,15 +11,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import diffusers
-
 from rapm import toy
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.io import load_metadata
+from rapm.models.files import TEXT_BYTES, header_of, reading
 from rapm.models.lora import PICKLES, find_lora
-from rapm.models.sources import check_parts, family_of, from_hub, header_of, layout_of_checkpoint
-from rapm.models.teacher import Teacher, ddim_scheduler, weights_of
+from rapm.models.parts import Part, parts_of
+from rapm.models.sources import (
+    check_checkpoint,
+    check_parts,
+    family_of,
+    from_hub,
+    layout_of_checkpoint,
+)
+from rapm.models.teacher import Teacher, ddim_scheduler
 from rapm.schedule import PredictionType, Schedule
 from rapm.toy import scenes
 
@@ -27,6 +34,20 @@ LAYOUTS = Path(__file__).parent / "layouts"  # published architectures: configs 
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
+}
+# Of a part's config, what would bring in other files or other weights than those looked at.
+_LOADED = {"quantization_config": (None,), "transformers_weights": (None,)}
+_PREDICTIONS: dict[PredictionType, str] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+}
+_IN_YAML = {
+    "parameterization": ("scheduler", "prediction_type"),
+    "linear_start": ("scheduler", "beta_start"),
+    "linear_end": ("scheduler", "beta_end"),
+    "timesteps": ("scheduler", "num_train_timesteps"),
+    "scale_factor": ("vae", "scaling_factor"),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -81,14 +102,21 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
         check_parts(source, folder, family, weights=checkpoint is None)
     parts = tuple(find_lora(text) for text in loras)
     files = [*([checkpoint] if checkpoint else []), *(lora.file for lora in parts)]
-    mark = _fingerprint(
-        folder, files, "".join(f"{lora.strength}," for lora in parts), weights=checkpoint is None
-    )
+    strengths = "".join(f"{lora.strength}," for lora in parts)
+    own = parts_of(source, folder, family)
+    mark = _fingerprint(own, files, strengths, weights=checkpoint is None)
     captions = scenes.captions if source == "toy" else None
     schedule = _schedule(source, folder)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, schedule, mark, captions)
     _check_claims(teacher, config)
-    _check_channels(teacher)
+    if checkpoint:
+        _check_yaml(teacher, checkpoint.with_suffix(".yaml"))
+    _check_configs(teacher)
+    if checkpoint:
+        check_checkpoint(checkpoint, folder, family)
+    for part in own if not checkpoint and not random else ():
+        if part.has_weights:
+            part.check_weights()
     return teacher
 
 
@@ -125,25 +153,75 @@ def _check_claims(teacher: Teacher, config: str) -> None:
         )
 
 
-def _check_channels(teacher: Teacher) -> None:
-    """
+def _check_yaml(teacher: Teacher, file: Path) -> None:
+    """Holds what the original programs read beside a single file against the configs.
+
     Raises:
-        UserError: network and VAE do not go together.
+        UserError: they differ.
     """
-    source = teacher.source
-    channels = (
-        teacher.config(teacher.family.network).get("in_channels"),
-        teacher.config("vae").get("latent_channels"),
+    if not file.exists():
+        return
+    if not file.is_file() or file.stat().st_size > TEXT_BYTES:
+        raise UserError(f"{file}, beside the teacher, is no regular file, or too large")
+    text = re.sub("#.*", "", file.read_text(encoding="utf-8", errors="replace"))
+    told = dict(
+        re.findall(r"""^[ \t-]*(\w+)[ \t]*:[ \t]*["']?([\w.+-]+)""", text, re.MULTILINE)[::-1]
     )
-    if None in channels:
+    if "VScaling" in text:  # as SDXL's say it
+        told["parameterization"] = "v"
+    for name, (part, field) in _IN_YAML.items():
+        own = teacher.config(part).get(field)
+        if name == "parameterization":
+            own = _PREDICTIONS[teacher.schedule.prediction_type]
+        if name in told and own is not None and not _same(told[name], own):
+            raise UserError(
+                f"teacher '{teacher.source}': {file} beside it says {name} {told[name]}, and the "
+                f"{part}'s config another {field}; name a folder in diffusers' layout that says "
+                "the same with --teacher-config, or move that file away"
+            )
+
+
+def _same(text: str, value: Any) -> bool:
+    try:
+        return math.isclose(float(text), float(value))
+    except (TypeError, ValueError):
+        return text == value
+
+
+def _check_configs(teacher: Teacher) -> None:
+    """Holds configs against what the family's call gives, and against each other.
+
+    Raises:
+        UserError: a part needs something else, or parts do not go together.
+    """
+    source, family, config = teacher.source, teacher.family, teacher.config
+    for part, served in family.served.items():
+        kind = Part(source, teacher.folder, part).kind().__name__
+        given = {**config(part), "_class_name": kind}
+        for field, values in {**_LOADED, **served}.items():
+            if given.get(field, values[0]) not in values:
+                raise UserError(
+                    f"teacher '{source}': its {part} has {field} = {given[field]!r}; this version "
+                    f"distils teachers with {' or '.join(map(repr, values))} there"
+                )
+    with reading(source, f"{family.network}'s or text encoders' config"):
+        family.conditioning(config)
+    network, vae = config(family.network), config("vae")
+    channels = network.get("in_channels"), vae.get("latent_channels")
+    if None in channels or not vae.get("block_out_channels"):
         raise UserError(
-            f"teacher '{source}': the config of its {teacher.family.network} or vae is incomplete"
+            f"teacher '{source}': the config of its {family.network} or vae is incomplete"
         )
     if channels[0] != channels[1]:
         raise UserError(
             f"teacher '{source}' takes {channels[0]} channels where its VAE gives {channels[1]}: "
             f"an inpainting or editing "
             "model, not a text-to-image one"
+        )
+    if network.get("out_channels", channels[0]) != channels[0]:
+        raise UserError(
+            f"teacher '{source}' predicts {network['out_channels']} channels of {channels[0]} (a "
+            "variance too?); this version distils teachers that predict the latent's"
         )
 
 
@@ -161,20 +239,19 @@ def architecture_of(config: Config) -> Teacher:
 
 
 def _schedule(source: str, folder: Path) -> Schedule:
-    try:
-        config: Any = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
-        scheduler = ddim_scheduler(config)
-    except (OSError, ValueError):
-        raise UserError(
-            f"teacher '{source}' has no readable scheduler/scheduler_config.json"
-        ) from None
+    config: Any = Part(source, folder, "scheduler").config()
     if not {"beta_start", "trained_betas"} & {*config}:
         name = config.get("_class_name", "scheduler")
         raise UserError(
             f"teacher '{source}' has a {name}, which has no betas (flow matching?); this version "
             f"distils DDPM-style models"
         )
-    kind, timesteps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
+    with reading(source, "scheduler"):
+        timesteps = config.get("num_train_timesteps", 1000)
+        if isinstance(timesteps, int) and timesteps > 1 << 20:  # each takes memory
+            raise ValueError(f"it has {timesteps:,} timesteps")
+        scheduler = ddim_scheduler(config)
+        kind, timesteps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
     if kind not in get_args(PredictionType) or timesteps != 1000:
         raise UserError(
             f"teacher '{source}' predicts '{kind}' over {timesteps} timesteps; "
@@ -199,22 +276,19 @@ def _sample(file: Path, size: int, changed: int) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(folder: Path, files: Sequence[Path], extra: str, *, weights: bool) -> str:
+def _fingerprint(parts: Sequence[Part], files: Sequence[Path], extra: str, *, weights: bool) -> str:
     """Of what a trajectory depends on: configs and tokenizers, the folder's weights if it is they
     that are loaded, and the other files that weights come from. What else is in the folder, or
     comes into the hub's cache later, does not count."""
     digest = hashlib.sha256(extra.encode())
-    parts = ("unet", "transformer", "text_encoder", "tokenizer", "scheduler")
     chosen: dict[str, Path] = {}
-    for part in folder.iterdir():
-        if part.is_dir() and part.name.startswith(parts):
-            texts = [
-                f
-                for f in part.rglob("*")
-                if f.suffix in (".json", ".txt", ".model") and ".index." not in f.name
-            ]
-            loaded = weights_of(part) if weights else []
-            chosen |= {file.relative_to(folder).as_posix(): file for file in (*texts, *loaded)}
+    for part in parts:
+        if part.name == "vae" or not part.path.is_dir():
+            continue
+        texts = [f for f in part.path.rglob("*") if f.suffix in (".json", ".txt", ".model")]
+        texts = [f for f in texts if ".index." not in f.name and f.is_file()]
+        loaded = part.weights()[1] if weights and part.has_weights else []
+        chosen |= {f.relative_to(part.folder).as_posix(): f for f in (*texts, *loaded)}
     for name, file in [
         *sorted(chosen.items()),
         *((f"file {k}", file) for k, file in enumerate(files)),

@@ -10,10 +10,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from rapm.models import Family
+from rapm.models import Configs, Family
 from rapm.models.stable_diffusion import (
+    SERVED_UNET,
+    SERVED_VAE,
     UNET_LORA_TARGETS,
     decode_with_vae,
+    finite,
     in_batches,
     prompt_embeds_shape,
     unet_feature_layers,
@@ -42,7 +45,8 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         )
         embeds.append(found[0].float().cpu())
         pooled.append(found[2].float().cpu())
-    return {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
+    found = {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
+    return {name: finite(x, "the text encoders' embeddings") for name, x in found.items()}
 
 
 def _unconditional(pipeline: Any, negative: str) -> dict[str, Tensor]:
@@ -59,6 +63,28 @@ def _of_size(width: int, height: int) -> dict[str, Tensor]:
     return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
 
 
+def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
+    unet, pooled = configs("unet"), configs("text_encoder_2")["projection_dim"]
+    takes = unet["projection_class_embeddings_input_dim"]
+    if takes != (gives := 6 * unet["addition_time_embed_dim"] + pooled):
+        raise ValueError(
+            f"the network's projection_class_embeddings_input_dim is {takes}, the picture's size "
+            f"and the pooled embedding are {gives}"
+        )
+    embeds = prompt_embeds_shape(configs, ("text_encoder", "text_encoder_2"))
+    return embeds | {"pooled_prompt_embeds": (pooled,)}
+
+
+def _decode(pipeline: Any, z: Tensor) -> Tensor:
+    """Some VAEs say how their latents are distributed, and the pipeline of XL undoes it."""
+    config = pipeline.vae.config
+    mean, std = config.latents_mean, config.latents_std
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(x, device=z.device).view(1, -1, 1, 1) for x in (mean, std))
+        z = z * std + mean * config.scaling_factor  # which decoding divides by
+    return decode_with_vae(pipeline, z)
+
+
 FAMILY = Family(
     pipeline=StableDiffusionXLPipeline,
     network="unet",
@@ -69,14 +95,17 @@ FAMILY = Family(
     lora_names=lambda network: unet_names(network)[::-1],
     feature_layers=unet_feature_layers,
     call=_call,
+    served={
+        "unet": SERVED_UNET | {"addition_embed_type": ("text_time",)},
+        "vae": SERVED_VAE,
+        "text_encoder": {"_class_name": ("CLIPTextModel", "CLIPTextModelWithProjection")},
+        "text_encoder_2": {"_class_name": ("CLIPTextModelWithProjection",)},
+    },
     encode=_encode,
     unconditional=_unconditional,
     of_size=_of_size,
-    conditioning=lambda configs: (
-        prompt_embeds_shape(configs)
-        | {"pooled_prompt_embeds": (configs("text_encoder_2")["projection_dim"],)}
-    ),
+    conditioning=_conditioning,
     latent_shape=unet_latent_shape,
-    decode=decode_with_vae,
+    decode=_decode,
     base_model=lambda configs: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 )

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+    fetch_diffusers_config,
+    infer_diffusers_model_type,
+    is_clip_model_in_single_file,
+)
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rapm.errors import UserError, first_line
 from rapm.models import Family, families
+from rapm.models.files import header_of, read_json, reading
+from rapm.models.parts import Part, parts_of
+
+_PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+# How the names of tensors in an original checkpoint end; what training left there is not looked at.
+_PLAIN = ("weight", "bias", "in_proj_weight", "in_proj_bias", "text_projection")
+_PLAIN += ("positional_embedding", "position_ids", "attn_mask", "logit_scale")
+_LEFT = re.compile(r"\.(loss|model_ema)\.")
 
 
 def layout_of_checkpoint(file: Path, config: str) -> Path:
@@ -27,7 +47,9 @@ def layout_of_checkpoint(file: Path, config: str) -> Path:
     header = header_of(file)
     try:
         kind = infer_diffusers_model_type(header)
-    except KeyError:  # it looks into tensors that one of the kinds it half recognises does not have
+    except (
+        LookupError
+    ):  # it looks into tensors that one of the kinds it half recognises does not have
         raise UserError(f"teacher '{file}' is no checkpoint of a known kind") from None
     known = {name: family for family in families() for name in family.single_file}
     parts = {
@@ -35,6 +57,8 @@ def layout_of_checkpoint(file: Path, config: str) -> Path:
         "a VAE": ("first_stage_model.",),
         "a text encoder": ("cond_stage_model.", "conditioner.embedders."),
     }
+    if any(name.startswith("conditioner.") for name in header):  # which has two
+        parts["a second text encoder"] = ("conditioner.embedders.1.",)
     missing = [
         part
         for part, prefixes in parts.items()
@@ -114,55 +138,64 @@ def family_of(source: str, folder: Path) -> Family:
             f"teacher '{source}' is no folder in diffusers' layout (no model_index.json in it)"
         )
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
+        name = read_json(index)["_class_name"]
+    except (ValueError, KeyError):
         raise UserError(f"teacher '{source}': its model_index.json is damaged") from None
     known = {family.pipeline.__name__: family for family in families()}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"teacher '{source}' is a {name}; this version distils {', '.join(known)}")
     return known[name]
 
 
 def check_parts(source: str, folder: Path, family: Family, *, weights: bool) -> None:
-    """Whether everything that will be loaded in the end is there: nobody wants to hear of it after
-    the rollout."""
-    for part in (family.network, "vae", *family.text_parts, "scheduler"):
-        if not (folder / part).is_dir():
-            raise UserError(f"teacher '{source}' is incomplete: it has no {part}")
-        if (
-            weights
-            and not part.startswith(("tokenizer", "scheduler"))
-            and not any((folder / part).glob("*.safetensors"))
-        ):
-            pickled = any((folder / part).glob("*.bin"))
-            hint = (
-                ", only pickled ones, which are not read; save it anew with safe_serialization=True"
-                if pickled
-                else ""
-            )
-            raise UserError(
-                f"teacher '{source}' is incomplete: its {part} has no .safetensors weights{hint}"
-            )
-        if part.startswith("tokenizer") and not any(
-            (folder / part / name).is_file() for name in ("vocab.json", "tokenizer.json")
-        ):
-            raise UserError(f"teacher '{source}' is incomplete: its {part} has no vocabulary")
+    """Looks at every part, see :meth:`Part.check`."""
+    for part in parts_of(source, folder, family):
+        part.check(weights=weights)
 
 
-def header_of(file: Path) -> dict[str, Tensor]:
-    """A file's tensors as shapes without values.
+def check_checkpoint(file: Path, folder: Path, family: Family) -> None:
+    """Holds a single file's tensors against the configs that go with it.
+
+    diffusers' own conversion is run on the header; it passes over what it does not know.
 
     Raises:
-        UserError: it is not there, or no safetensors file.
+        UserError: one is missing, finds no place, or has another shape.
     """
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-            return {
-                name: torch.empty(tensors.get_slice(name).get_shape(), device="meta")
-                for name in names
-            }
-    except FileNotFoundError:
-        raise UserError(f"there is no file {file}") from None
-    except (SafetensorError, OSError):
-        raise UserError(f"{file} is damaged, or no safetensors file") from None
+    header = header_of(file)
+    for part in parts_of(str(file), folder, family):
+        prefixes = _PREFIXES.get(part.name, ())
+        own = [name for name in header if name.startswith(prefixes) and not _LEFT.search(name)]
+        if not own:
+            continue
+        with reading(str(file), part.name):
+            placed = _placed(part, header)
+        names = {id(tensor): name for name, tensor in header.items()}
+        origin = {place: names.get(id(_whole(x)), place) for place, x in placed.items()}
+        part.check_tensors(placed, origin.__getitem__)
+        strange = [name for name in own if name.rpartition(".")[2] not in _PLAIN]
+        if not part.name.startswith("text_encoder"):  # of which the conversion copies some
+            found = {origin[place] for place in part.expected()}
+            strange += [name for name in own if name not in found]
+        if strange:
+            raise part.out_of_place(strange)
+
+
+def _placed(part: Part, header: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a part by their places in diffusers' model of it."""
+    if part.name == "unet":
+        return convert_ldm_unet_checkpoint(dict(header), part.config())
+    if part.name == "vae":
+        return convert_ldm_vae_checkpoint(dict(header), part.config())
+    if not is_clip_model_in_single_file(part.kind(), header):
+        raise ValueError("its tensors have names that diffusers does not read")
+    prefix = f"{_PREFIXES[part.name][0]}model."
+    if any(name.startswith(prefix) for name in header):
+        found = convert_open_clip_checkpoint(part.layout(), dict(header), prefix)
+    else:
+        found = convert_ldm_clip_checkpoint(dict(header))
+    return {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What a slice is of."""
+    return tensor if tensor._base is None else tensor._base

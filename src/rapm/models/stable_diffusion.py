@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from rapm.errors import UserError
 from rapm.models import Configs, Family
 from rapm.sampling import Conditioning
 
@@ -64,22 +65,42 @@ def unet_names(network: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     return {path: path for path, _ in unet.named_modules()}, names
 
 
+# Of a UNet's and a VAE's configs, what calls would have to serve.
+SERVED_UNET: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DConditionModel",),
+    "addition_embed_type": (None,),
+    "class_embed_type": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_class_embeds": (None,),
+    "time_cond_proj_dim": (None,),
+}
+SERVED_VAE: dict[str, tuple[Any, ...]] = {"_class_name": ("AutoencoderKL",), "out_channels": (3,)}
+
+
 def unet_feature_layers(network: nn.Module) -> list[str]:
     """Every down block and the middle block, as in PCM for SDXL; the forward stops there."""
-    blocks: Any = network.down_blocks
-    return [*(f"down_blocks.{i}" for i in range(len(blocks))), "mid_block"]
+    unet: Any = network
+    middle = [] if unet.mid_block is None else ["mid_block"]  # some distilled ones have none
+    return [*(f"down_blocks.{i}" for i in range(len(unet.down_blocks))), *middle]
 
 
 def unet_latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """A side is a multiple of what the VAE and the UNet's downsampling take together.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not, or there is no size of the network's own.
     """
     unet, vae = configs("unet"), configs("vae")
     if size is None:
-        own = unet["sample_size"]
-        return unet["in_channels"], own, own
+        own = unet.get("sample_size")
+        sides: list[Any] = own if isinstance(own, list) else [own, own]
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(
+                f"this teacher does not say how large its pictures are (sample_size is {own!r}); "
+                "give a size"
+            )
+        return unet["in_channels"], sides[0], sides[1]
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     unit = factor * 2 ** (len(unet["block_out_channels"]) - 1)
     width, height = size
@@ -91,13 +112,20 @@ def unet_latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[i
     return unet["in_channels"], height // factor, width // factor
 
 
-def prompt_embeds_shape(configs: Configs) -> dict[str, tuple[int, ...]]:
-    return {
-        "prompt_embeds": (
-            configs("text_encoder")["max_position_embeddings"],
-            configs("unet")["cross_attention_dim"],
+def prompt_embeds_shape(
+    configs: Configs, encoders: Sequence[str] = ("text_encoder",)
+) -> dict[str, tuple[int, ...]]:
+    """
+    Raises:
+        ValueError: the network takes another width than the text encoders give together.
+    """
+    width, takes = sum(configs(part)["hidden_size"] for part in encoders), configs("unet")
+    takes = takes["cross_attention_dim"]
+    if any(each != width for each in (takes if isinstance(takes, list) else [takes])):
+        raise ValueError(
+            f"the network's cross_attention_dim is {takes}, the text encoders give {width}"
         )
-    }
+    return {"prompt_embeds": (configs("text_encoder")["max_position_embeddings"], width)}
 
 
 def in_batches(prompts: Sequence[str], size: int = 64) -> Iterator[list[str]]:
@@ -105,8 +133,20 @@ def in_batches(prompts: Sequence[str], size: int = 64) -> Iterator[list[str]]:
         yield list(prompts[start : start + size])
 
 
+def finite(values: Tensor, what: str) -> Tensor:
+    """
+    Raises:
+        UserError: ``what`` is not finite.
+    """
+    if values.isfinite().all():
+        return values
+    raise UserError(f"{what} are not finite: its weights are damaged, or too large for float16")
+
+
 @torch.no_grad()
 def decode_with_vae(pipeline: Any, z: Tensor) -> Tensor:
+    """Latents are divided by the VAE's factor, and nothing else is done to them, as in the
+    pipeline of 1.x and 2.x."""
     vae = pipeline.vae
     pixels = z.shape[-2] * z.shape[-1] * pipeline.vae_scale_factor**2
     images = [
@@ -119,7 +159,7 @@ def decode_with_vae(pipeline: Any, z: Tensor) -> Tensor:
             max(1, (1 << 18) // pixels)
         )  # a quarter of a megapixel at a time: a VAE's activations are large
     ]
-    return torch.cat(images).clamp(-1, 1)
+    return finite(torch.cat(images), "the VAE's pictures").clamp(-1, 1)
 
 
 def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -132,7 +172,7 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         pipeline.encode_prompt(batch, pipeline.device, 1, False)[0].float().cpu()
         for batch in in_batches(prompts)
     ]
-    return {"prompt_embeds": torch.cat(rows)}
+    return {"prompt_embeds": finite(torch.cat(rows), "the text encoder's embeddings")}
 
 
 def _base_model(configs: Configs) -> tuple[str, str]:
@@ -154,6 +194,11 @@ FAMILY = Family(
     lora_names=unet_names,
     feature_layers=unet_feature_layers,
     call=_call,
+    served={
+        "unet": SERVED_UNET,
+        "vae": SERVED_VAE,
+        "text_encoder": {"_class_name": ("CLIPTextModel",)},
+    },
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
     of_size=lambda width, height: {},

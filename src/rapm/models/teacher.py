@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +11,18 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from torch import nn
 
 from rapm.config import Config
-from rapm.errors import UserError, first_line
+from rapm.errors import UserError
 from rapm.models import Family
+from rapm.models.files import read_json, reading
 from rapm.models.lora import Lora, fuse
+from rapm.models.parts import Part
 from rapm.network import Backbone
 from rapm.quantize import quantize
 from rapm.schedule import Schedule
 from rapm.toy import TEACHER as TOY
-
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-    HfHubHTTPError,
-)
 
 
 @dataclass(frozen=True)
@@ -67,11 +57,10 @@ class Teacher:
         Raises:
             UserError: it is missing or damaged.
         """
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        try:
-            return json.loads((self.folder / part / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"teacher '{self.source}' has no readable {part}/{name}") from None
+        return self._part(part).config()
+
+    def _part(self, part: str) -> Part:
+        return Part(self.source, self.folder, part)
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(C, h, w) of a picture of (width, height) pixels; None is the teacher's own size.
@@ -79,10 +68,18 @@ class Teacher:
         Raises:
             UserError: this teacher cannot have that size.
         """
-        try:
-            return self.family.latent_shape(self.config, size)
-        except ValueError as error:
-            raise UserError(f"trajectories.size: {error}") from None
+        with reading(self.source, f"{self.family.network} or vae"):  # configs of odd types
+            try:
+                return self.family.latent_shape(self.config, size)
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(f"trajectories.size: {error}") from None
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.config("vae")["latent_channels"]
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels of this teacher's own pictures."""
@@ -104,11 +101,8 @@ class Teacher:
         absent: dict[str, Any] = {name: None for name in names if name not in {*parts, "scheduler"}}
         if "requires_safety_checker" in options:
             absent["requires_safety_checker"] = False
-        try:
-            if self.random:
-                built = {part: self.draw(part, precision, device) for part in parts}
-                pipeline = self.family.pipeline(**absent, **built, scheduler=self.ddim_scheduler())
-            elif self.checkpoint:
+        if self.checkpoint:
+            with reading(self.source, " or ".join(parts)):
                 pipeline = self.family.pipeline.from_single_file(
                     str(self.checkpoint),
                     config=str(self.folder),
@@ -116,31 +110,52 @@ class Teacher:
                     torch_dtype=precision,
                     **absent,
                 )
-            else:
-                pipeline = self.family.pipeline.from_pretrained(
-                    self.folder,
-                    dtype=precision,
-                    use_safetensors=True,
-                    variant=self._variant(parts),
-                    **absent,
-                )
-            move(pipeline, device)
-        except torch.OutOfMemoryError:  # for who knows what would lower it
-            raise
-        except _UNREADABLE as error:
-            raise UserError(
-                f"teacher '{self.source}' cannot be loaded: {first_line(error)}"
-            ) from None
+        else:
+            index = read_json(self.folder / "model_index.json")
+            told = {name: index[name] for name in options if name in index} | absent
+            built = {part: self._load_part(part, precision, device) for part in parts}
+            pipeline = self.family.pipeline(**told, **built, scheduler=self.ddim_scheduler())
+        move(pipeline, device)
+        self._limit_tokens(pipeline, parts)
+        for part in parts:
+            self._check_finite(part, getattr(pipeline, part), precision)
         pipeline.set_progress_bar_config(disable=True)
         fusible = [part for part in parts if part.startswith((self.family.network, "text_encoder"))]
         for lora in self.loras:
             fuse(lora, {p: getattr(pipeline, p) for p in fusible}, self.family, self.source)
         return pipeline
 
-    def _variant(self, parts: Sequence[str]) -> str | None:
-        """fp16 when that is all that a part's folder has weights of."""
-        weights = [file.name for part in parts for file in weights_of(self.folder / part)]
-        return "fp16" if any(".fp16." in name for name in weights) else None
+    def _load_part(self, part: str, precision: torch.dtype, device: str) -> Any:
+        return (
+            self.draw(part, precision, device) if self.random else self._part(part).load(precision)
+        )
+
+    def _limit_tokens(self, pipeline: Any, parts: Sequence[str]) -> None:
+        """A tokenizer cuts a prompt where the shortest of tokenizers and encoders ends; of some
+        tokenizers nothing says where that is."""
+        found = [getattr(pipeline, part) for part in parts if part.startswith("tokenizer")]
+        encoders = [part for part in self.family.text_parts if part.startswith("text_encoder")]
+        if found:
+            with reading(self.source, "tokenizer"):
+                limits = [self.config(part)["max_position_embeddings"] for part in encoders]
+                least = min(*limits, *(tokenizer.model_max_length for tokenizer in found))
+            for tokenizer in found:
+                tokenizer.model_max_length = least
+
+    def _check_finite(self, part: str, loaded: Any, precision: torch.dtype) -> None:
+        """
+        Raises:
+            UserError: a weight is no number.
+        """
+        if not isinstance(loaded, nn.Module) or loaded.device.type == "meta":
+            return
+        for name, value in loaded.state_dict().items():
+            if not value.isfinite().all():
+                half = " or too large for float16" if precision == torch.float16 else ""
+                raise UserError(
+                    f"teacher '{self.source}': '{name}' of its {part} is not finite: its weights "
+                    f"are damaged{half}"
+                )
 
     def load_tokenizers(self) -> list[Any]:
         """All that a prompt goes through, each with its own limit. Raises as :meth:`load` does."""
@@ -166,26 +181,7 @@ class Teacher:
         teacher's."""
         if part.startswith("tokenizer"):
             return transformers.CLIPTokenizer.from_pretrained(TOY / "tokenizer")
-        library, name = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))[
-            part
-        ]
-        kind, config = (
-            getattr(diffusers if library == "diffusers" else transformers, name),
-            self.config(part),
-        )
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(precision)
-        try:
-            with torch.random.fork_rng(), torch.device(device):
-                torch.manual_seed(0)
-                model = (
-                    kind.from_config(config)
-                    if library == "diffusers"
-                    else kind(kind.config_class(**config))
-                )
-        finally:
-            torch.set_default_dtype(before)
-        return model.eval()
+        return self._part(part).draw(precision, device)
 
 
 def ddim_scheduler(config: Any) -> Any:
@@ -209,21 +205,19 @@ def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
     """The teacher's network alone: all that rollout and training need.
 
     Both see the same held weights, so that the student learns what few steps take and not what
-    holding took away. Raises as :meth:`Teacher.load` does.
+    holding took away. Raises as :meth:`Teacher.load` does, and where the settings name a LoRA
+    target that no layer has.
     """
     network, family = teacher.load_network(config.torch_dtype, device), teacher.family
     if config.base_precision != "same":
         quantize(network, family.lora_targets, config.base_precision)
-    return Backbone(
+    backbone = Backbone(
         network,
         family.call,
         family.lora_targets,
         family.feature_layers(network),
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
-
-
-def weights_of(part: Path) -> list[Path]:
-    """A part's files of weights: the plain ones; of variant fp16 where there are no others."""
-    files = sorted(part.glob("*.safetensors"))
-    return [file for file in files if ".fp16." not in file.name] or files
+    for targets in (config.student.targets, config.discriminators.targets):
+        backbone.check_targets(targets)
+    return backbone
