@@ -3,7 +3,9 @@ ends, what a file gives."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,10 +26,12 @@ from conftest import SMALL, make_lora
 from ldm import save_single_file
 from rapm.config import Config
 from rapm.errors import UserError
+from rapm.estimate import make_plan
 from rapm.models import sources, stable_diffusion
 from rapm.models.resolve import architecture_of, resolve_teacher, teacher_of
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import STUDENT, TEACHER, Backbone
+from rapm.prompts import token_limit
 from rapm.rollout import rollout
 from rapm.sampling import guided, noise
 from rapm.schedule import Grid
@@ -704,3 +713,374 @@ def test_the_base_model_a_lora_names(linear: bool, prediction: str, base: str) -
         "scheduler": {"prediction_type": prediction},
     }
     assert stable_diffusion.FAMILY.base_model(configs.__getitem__)[0] == base
+
+
+# ---- what real folders and files hold
+
+
+def change(file: Path, **new: Any) -> None:
+    """Fields of a JSON file; None stays null, ABSENT goes."""
+    value = json.loads(file.read_text()) | new
+    file.write_text(json.dumps({k: v for k, v in value.items() if v is not ABSENT}))
+
+
+ABSENT: Any = object()
+UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "new", "told"),
+    [
+        ("sd15", UNET, {"time_cond_proj_dim": 256}, "its unet has time_cond_proj_dim = 256"),
+        ("sd15", UNET, {"class_embed_type": "timestep"}, "has class_embed_type = 'timestep'"),
+        ("sd15", UNET, {"num_class_embeds": 5}, "has num_class_embeds = 5"),
+        ("sd15", UNET, {"encoder_hid_dim": 32}, "has encoder_hid_dim = 32"),
+        ("sd15", UNET, {"addition_embed_type": "text"}, "has addition_embed_type = 'text'"),
+        ("sdxl", UNET, {"addition_embed_type": "image"}, "has addition_embed_type = 'image'"),
+        ("sd15", UNET, {"quantization_config": {"a": 1}}, "has quantization_config = {'a': 1}"),
+        ("sd15", UNET, {"out_channels": 8}, "predicts 8 channels of 4"),
+        ("sd15", UNET, {"cross_attention_dim": 24}, "cross_attention_dim is 24, the text encoders"),
+        ("sdxl", TEXT, {"hidden_size": 24}, "cross_attention_dim is 40, the text encoders give 48"),
+        ("sdxl", UNET, {"addition_time_embed_dim": 9}, "is 64, the picture's size and the pooled"),
+        ("sd15", UNET, {"block_out_channels": "ab"}, "cannot be loaded: its unet: "),
+        (
+            "sd15",
+            UNET,
+            {"layers_per_block": 2},
+            "its unet has no tensor 'down_blocks.0.attentions.1.",
+        ),
+        ("sd15", UNET, {"block_out_channels": [24, 32]}, "'conv_in.weight' of shape [16, 4, 3, 3]"),
+        ("sd15", VAE, {"out_channels": 4}, "its vae has out_channels = 4"),
+        ("sd15", VAE, {"block_out_channels": [10**30]}, "cannot be loaded: its vae: "),
+        ("sd15", TEXT, {"hidden_size": "16"}, "cannot be loaded: "),
+        ("sd15", SCHEDULER, {"beta_start": "0.1"}, "cannot be loaded: its scheduler: "),
+        ("sd15", SCHEDULER, {"beta_schedule": "laplace"}, "laplace is not implemented"),
+        ("sd15", SCHEDULER, {"num_train_timesteps": 10**12}, "it has 1,000,000,000,000 timesteps"),
+        ("sd15", "model_index.json", {"_class_name": ["a", "B"]}, "is a ['a', 'B']; this version"),
+        ("sd15", "model_index.json", {"unet": ["mine", "Net"]}, "its unet is ['mine', 'Net'] by"),
+        ("sd15", "model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "its vae has _cl"),
+        (
+            "sd15",
+            "model_index.json",
+            {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]},
+            "its text_encoder has _class_name = 'CLIPTextModelWithProjection'",
+        ),
+        ("sd15", "model_index.json", {"tokenizer": ["transformers", "No"]}, "its tokenizer is ['"),
+    ],
+)
+def test_a_config_that_no_call_serves_is_refused(
+    small_teachers: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    file: str,
+    new: dict[str, Any],
+    told: str,
+) -> None:
+    shutil.copytree(small_teachers[kind], tmp_path / "t")
+    change(tmp_path / "t" / file, **new)
+    assert told in refused(tmp_path / "t")
+
+
+def test_every_field_of_a_network_is_judged() -> None:
+    """A field that is new in diffusers may change what a call has to give."""
+    served = stable_diffusion.SERVED_UNET.keys() - {"_class_name"}
+    inner = """
+        sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift
+        down_block_types mid_block_type up_block_types only_cross_attention block_out_channels
+        layers_per_block downsample_padding mid_block_scale_factor dropout act_fn norm_num_groups
+        norm_eps cross_attention_dim transformer_layers_per_block
+        reverse_transformer_layers_per_block attention_head_dim num_attention_heads
+        dual_cross_attention use_linear_projection addition_time_embed_dim upcast_attention
+        resnet_time_scale_shift resnet_skip_time_act resnet_out_scale_factor time_embedding_type
+        time_embedding_dim time_embedding_act_fn timestep_post_act conv_in_kernel conv_out_kernel
+        projection_class_embeddings_input_dim attention_type class_embeddings_concat
+        mid_block_only_cross_attention cross_attention_norm addition_embed_type_num_heads
+    """
+    fields = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self"}
+    assert fields == served | set(inner.split())
+
+
+def test_sizes_that_a_network_says(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    change(tmp_path / "t" / UNET, sample_size=[8, 12])
+    teacher = resolve_teacher(str(tmp_path / "t"))
+    assert (teacher.latent_shape(None), teacher.size()) == ((4, 8, 12), (24, 16))
+    for none in (None, ABSENT, "8", [8]):
+        change(tmp_path / "t" / UNET, sample_size=none)
+        teacher = resolve_teacher(str(tmp_path / "t"))
+        assert teacher.latent_shape((16, 24)) == (4, 12, 8)
+        with pytest.raises(UserError, match="does not say how large its pictures are"):
+            teacher.latent_shape(None)
+
+
+def test_tokens_end_where_the_shortest_part_ends(
+    small_teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    """The tokenizer says 24 as the encoder does; LongCLIP's say 248."""
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    for said, limit in ((ABSENT, 24), (248, 24), (12, 12)):
+        change(tmp_path / "t" / "tokenizer" / "tokenizer_config.json", model_max_length=said)
+        teacher = resolve_teacher(str(tmp_path / "t"))
+        (tokenizer,) = teacher.load_tokenizers()
+        assert token_limit([tokenizer]) == limit
+        texts = teacher.load(teacher.family.text_parts, torch.float32, "cpu")
+        assert teacher.family.encode(texts, ["a " * 99])["prompt_embeds"].shape == (1, limit, 16)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("cut", "is damaged, or no safetensors file"),
+        ("lfs", "is a git-lfs pointer, not the file it stands for; fetch that with: git lfs pull"),
+        ("gone", "has no .safetensors weights"),
+        ("pipe", "is no regular file"),
+        ("less", "has no tensor '"),
+        ("more", ".scale_weight', which no layer takes"),
+        ("packed", "quantised to integers"),
+    ],
+)
+def test_a_damaged_part_is_named_before_anything_is_loaded(
+    small_teachers: dict[str, Path], tmp_path: Path, part: str, damage: str, told: str
+) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    (file,) = (tmp_path / "t" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = max(tensors)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "lfs":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    elif damage in ("gone", "pipe"):
+        file.unlink()
+        file.symlink_to("../gone") if damage == "gone" else os.mkfifo(file)
+    elif damage == "less":
+        save_file({k: x for k, x in tensors.items() if k != name}, file)
+    elif damage == "more":
+        save_file(tensors | {name.replace(".weight", ".scale_weight"): torch.ones(1)}, file)
+    else:
+        save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    with pytest.raises(UserError) as error:
+        resolve_teacher(str(tmp_path / "t"))
+    assert told in str(error.value) and part in str(error.value)
+
+
+def test_old_names_of_attention_find_their_place(
+    small_teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    """As published VAEs and text encoders have them still."""
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    (vae,) = (tmp_path / "t" / "vae").glob("*.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in load_file(vae).items():
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.")
+        renamed[name] = value
+    assert any(".proj_attn." in name for name in renamed)
+    save_file(renamed, vae, {"format": "pt"})
+    (text,) = (tmp_path / "t" / "text_encoder").glob("*.safetensors")
+    own = {f"text_model.{k.removeprefix('text_model.')}": x for k, x in load_file(text).items()}
+    own["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    save_file(own, text, {"format": "pt"})
+    found, expected = (resolve_teacher(str(f)) for f in (tmp_path / "t", small_teachers["sd15"]))
+    for part in ("vae", "text_encoder"):
+        one, other = (
+            getattr(t.load([part], torch.float32, "cpu"), part) for t in (found, expected)
+        )
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_shards_and_variants_that_diffusers_writes(
+    small_teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, pipeline = small_teachers["sd15"], open_pipeline(small_teachers["sd15"])
+    whole = resolve_teacher(str(folder)).load(["unet", "text_encoder"], torch.float32, "cpu")
+    for variant in (None, "fp16", "bf16"):
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "t")
+        for part in ("unet", "text_encoder"):
+            shutil.rmtree(tmp_path / "t" / part)
+            model = getattr(pipeline, part)
+            model.save_pretrained(tmp_path / "t" / part, variant=variant, max_shard_size="40KB")
+            assert len(list((tmp_path / "t" / part).glob("*.safetensors"))) > 1
+        own = resolve_teacher(str(tmp_path / "t"))
+        found = own.load(["unet", "text_encoder"], torch.float32, "cpu")
+        for part in ("unet", "text_encoder"):
+            both = (getattr(each, part).state_dict() for each in (found, whole))
+            one, other = both
+            assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("name", ["../unet/a.safetensors", "pytorch_model.bin", "/etc/passwd"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_index_names_safetensors_beside_it_alone(
+    small_teachers: dict[str, Path], tmp_path: Path, part: str, name: str
+) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    (file,) = (tmp_path / "t" / part).glob("*.safetensors")
+    index = file.with_name(f"{file.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": name}}))
+    file.unlink()
+    assert f"the index of its {part} names '{name}'; only .safetensors files" in refused(
+        tmp_path / "t"
+    )
+
+
+@pytest.mark.parametrize("file", [UNET, "tokenizer/tokenizer_config.json", "model_index.json"])
+def test_what_is_no_sensible_file_is_not_read(
+    small_teachers: dict[str, Path], tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    (tmp_path / "t" / file).write_text('{"a":' * 100_000)
+    with pytest.raises(UserError):
+        resolve_teacher(str(tmp_path / "t")).load_tokenizers()
+    for target in ("/dev/zero", None):
+        (tmp_path / "t" / file).unlink()
+        (tmp_path / "t" / file).symlink_to(target) if target else os.mkfifo(tmp_path / "t" / file)
+        assert refused(tmp_path / "t")
+    (tmp_path / "t" / file).unlink()
+    with (tmp_path / "t" / file).open("wb") as stream:
+        stream.truncate(65 << 20)
+    assert refused(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("unet", "conv_out.weight"), ("text_encoder", "final_layer_norm.weight")]
+)
+def test_weights_that_are_not_finite_are_named(
+    small_teachers: dict[str, Path], tmp_path: Path, part: str, key: str
+) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    (file,) = (tmp_path / "t" / part).glob("*.safetensors")
+    damaged = {k: x * (torch.nan if k.endswith(key) else 1) for k, x in load_file(file).items()}
+    save_file(damaged, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"'{key}' of its {part} is not finite: its weights are da"):
+        resolve_teacher(str(tmp_path / "t")).load([part], torch.float32, "cpu")
+
+
+def test_pictures_that_are_not_finite_are_refused(small_teachers: dict[str, Path]) -> None:
+    teacher = resolve_teacher(str(small_teachers["sd15"]))
+    pipeline = teacher.load(["vae"], torch.float32, "cpu")
+    pipeline.vae.decoder.conv_out.bias.data.fill_(torch.inf)
+    with pytest.raises(UserError, match="the VAE's pictures are not finite"):
+        teacher.family.decode(pipeline, torch.zeros(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_latents_are_decoded_as_the_pipeline_does(
+    small_teachers: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Mean and deviation of a VAE's latents count where the pipeline makes use of them."""
+    shutil.copytree(small_teachers[kind], tmp_path / "t")
+    of_latents = {"latents_mean": [0.1, -0.2, 0.3, 0.5], "latents_std": [0.9, 1.1, 2.0, 0.7]}
+    change(tmp_path / "t" / VAE, **of_latents)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pictures = []
+    for folder in (tmp_path / "t", small_teachers[kind]):
+        teacher = resolve_teacher(str(folder))
+        found = teacher.family.decode(teacher.load(["vae"], torch.float32, "cpu"), z)
+        pictures.append(found)
+        given: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+        pipeline = open_pipeline(folder)
+        pipeline.scheduler.step = lambda *args, **kwargs: (z,)
+        expected = pipeline(PROMPTS, latents=z, output_type="pt", **given).images
+        torch.testing.assert_close(found, expected * 2 - 1, rtol=0, atol=1e-5)
+    assert torch.equal(*pictures) == (kind == "sd15")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('parameterization: "v"', "says parameterization v, and the scheduler's config another"),
+        ("linear_start: 0.001", "says linear_start 0.001, and the scheduler's config another beta"),
+        ("scale_factor: 0.13025", "says scale_factor 0.13025, and the vae's config another scali"),
+        ("# parameterization: v", ""),
+        ("parameterization: eps  # v", ""),
+        ("linear_start: 8.5e-4", ""),
+    ],
+)
+def test_the_yaml_beside_a_file_counts(
+    small_teachers: dict[str, Path], tmp_path: Path, line: str, told: str
+) -> None:
+    folder, file = small_teachers["sd15"], tmp_path / "model.safetensors"
+    save_single_file(DiffusionPipeline.from_pretrained(folder, safety_checker=None), file)
+    file.with_suffix(".yaml").write_text(f"model:\n  target: ldm.models\n  params:\n    {line}\n")
+    if told:
+        assert told in refused(file, config=str(folder))
+    else:
+        assert resolve_teacher(str(file), config=str(folder)).checkpoint == file
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_single_files_tensors_all_find_their_place(
+    small_teachers: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    folder, file = small_teachers[kind], tmp_path / "model.safetensors"
+    save_single_file(DiffusionPipeline.from_pretrained(folder, safety_checker=None), file)
+    whole = load_file(file)
+    unet, vae = "model.diffusion_model.", "first_stage_model.decoder.conv_out"
+    inner = f"{unet}input_blocks.1.0.in_layers.2"
+    text = next(k for k in whole if k.startswith("cond") and k.endswith("final_layer_norm.weight"))
+    added = {
+        f"{inner}.scale_weight": "which no layer takes",
+        f"{inner}.weight.absmax": "which no layer takes",
+        f"{unet}time_embed.cond_proj.weight": "which no layer takes",
+        f"{vae}.weight_scale": "which no layer takes",
+        f"{text}_scale": "which no layer takes",
+    }
+    for name, told in added.items():
+        save_file(whole | {name: torch.ones(1)}, file)
+        line = refused(file, config=str(folder))
+        assert told in line and f"'{name}'" in line
+    for change, told in (
+        ({f"{inner}.weight": whole[f"{inner}.weight"].to(torch.int8)}, "quantised to integers"),
+        ({f"{inner}.weight": torch.ones(3, 3)}, f"'{inner}.weight' of shape [3, 3]"),
+    ):
+        save_file(whole | change, file)
+        assert told in refused(file, config=str(folder))
+    save_file({k: x for k, x in whole.items() if not k.startswith(vae)}, file)
+    assert "its vae has no tensor 'decoder.conv_out.weight' and 1 more" in refused(
+        file, config=str(folder)
+    )
+    other = {"first_stage_model.loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)}
+    save_file(whole | other, file)  # which training left there
+    assert resolve_teacher(str(file), config=str(folder)).checkpoint == file
+    bare = {k.replace(".text_model.", "."): x for k, x in whole.items()}
+    if kind == "sdxl":
+        save_file({k: x for k, x in whole.items() if ".embedders.1." not in k}, file)
+        told = "there is no second text encoder in it"
+    else:  # as NovelAI's
+        save_file(bare, file)
+        told = "its text_encoder: its tensors have names that diffusers does not read"
+    assert told in refused(file, config=str(folder))
+
+
+def test_targets_that_no_layer_has_are_refused_before_the_plan(
+    small_teachers: dict[str, Path],
+) -> None:
+    for section in ("student", "discriminators"):
+        for target in ("q_proj", "norm1"):
+            config = Config.model_validate(
+                {"teacher": str(small_teachers["sd15"]), section: {"targets": [target]}}
+            )
+            with pytest.raises(UserError, match=f"LoRA target '{target}' is the name of no linear"):
+                make_plan(config, teacher_of(config))
+
+
+def test_a_network_without_a_middle_block(small_teachers: dict[str, Path], tmp_path: Path) -> None:
+    """As small distilled ones are."""
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    change(tmp_path / "t" / UNET, mid_block_type=None)
+    (file,) = (tmp_path / "t" / "unet").glob("*.safetensors")
+    kept = {k: x for k, x in load_file(file).items() if not k.startswith("mid_block.")}
+    save_file(kept, file, {"format": "pt"})
+    teacher = resolve_teacher(str(tmp_path / "t"))
+    backbone = load_backbone(teacher, Config.model_validate({}), "cpu")
+    prompts = teacher.family.encode(
+        teacher.load(teacher.family.text_parts, torch.float32, "cpu"), PROMPTS[:1]
+    )
+    with backbone.adapter(TEACHER), torch.no_grad():
+        assert len(backbone.features(torch.randn(1, 4, 8, 8), torch.tensor([9]), prompts)) == 2
