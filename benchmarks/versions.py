@@ -1,6 +1,6 @@
 """Which versions of diffusers and peft load the exported LoRA files, as the trained student.
 
-    python benchmarks/versions.py                    # all of them; each is installed beside, minutes
+    python benchmarks/versions.py                 # all; each is installed beside: minutes
     python benchmarks/versions.py --only 0.30.3
 
 A small run of random weights is made on the spot, of Stable Diffusion and of SDXL. Each version is
