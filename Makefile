@@ -32,6 +32,7 @@ test: lint  ## lint, then the tests, in two processes side by side
 demo: setup  ## distil the toy teacher into runs/demo-METHOD, score it (CPU); METHOD=midpoint
 	@$(BIN)/rapm distill --teacher toy --method $(METHOD) --out runs/demo-$(METHOD)
 	@$(BIN)/rapm evaluate runs/demo-$(METHOD)
+	@echo "To call rapm yourself: source $(BIN)/activate, or $(BIN)/rapm. Next: README.md, Use a LoRA."
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	@rm -rf build .pytest_cache .ruff_cache
