@@ -260,7 +260,7 @@ def _digest(tensors: Mapping[str, Tensor], made: Mapping[str, Any]) -> str:
     for name, value in sorted(tensors.items()):
         whole.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        whole.update(flat.view(torch.uint8).numpy())
+        whole.update(flat.view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

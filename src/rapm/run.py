@@ -254,15 +254,14 @@ class Run:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                in_order = record["iteration"] > (records[-1]["iteration"] if records else -1)
+                if record["iteration"] <= (records[-1]["iteration"] if records else -1):
+                    raise ValueError
+                records.append(record)
             except (ValueError, LookupError, TypeError, RecursionError):
-                in_order = False
-            if not in_order:
                 raise UserError(
                     f"{self.metrics} is damaged: line {number} is no record of an iteration after "
                     "those before it; delete that line, or the file: nothing is computed from it"
-                )
-            records.append(record)
+                ) from None
         return records
 
     def forget_metrics_from(self, step: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,17 +177,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         data = read(file)
     except NoFile:
         return None
-    try:
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
         manifest = json.loads(data)
-        whole = _is_consistent(manifest)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{file} is damaged or of another version; delete it and run 'rapm trajectories' "
-            "again: finished shards are kept"
-        )
-    return manifest
+        if _is_consistent(manifest):
+            return manifest
+    raise UserError(
+        f"{file} is damaged or of another version; delete it and run 'rapm trajectories' again: "
+        "finished shards are kept"
+    )
 
 
 def _is_consistent(manifest: Any) -> bool:
