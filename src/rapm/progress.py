@@ -18,7 +18,7 @@ class _Lines(tqdm):  # type: ignore[type-arg]
 
     _told: tuple[float, float] | None = None  # when, and how many were done
 
-    def display(self, *_: Any, **__: Any) -> bool:
+    def display(self, *_: Any, **__: Any) -> None:
         when, done = self._told or (float("-inf"), 0)
         now, step = time.monotonic(), SHARE * (self.total or float("inf"))
         ends = self.n == self.total and done != self.n
@@ -26,7 +26,6 @@ class _Lines(tqdm):  # type: ignore[type-arg]
             self._told = now, self.n
             self.fp.write(f"{self}\n")
             self.fp.flush()
-        return True
 
     def close(self) -> None:
         self.disable = True  # without tqdm's last, empty line
@@ -40,7 +39,7 @@ def track(
     In a file or pipe rather than a terminal it is a line every 30 seconds or 5 %.
     """
     in_terminal = sys.stderr.isatty()
-    kind: type[tqdm[T]] = tqdm if in_terminal else _Lines
+    kind: Any = tqdm if in_terminal else _Lines
     return kind(
         items,
         desc=f"{description:<12}",
