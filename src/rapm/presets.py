@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rapm.errors import UserError
 
 if TYPE_CHECKING:
+    from rapm.models import Family
     from rapm.models.teacher import Teacher
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,10 +35,12 @@ def check_preset(name: str, teacher: Teacher) -> None:
     from rapm import settings
     from rapm.models.resolve import architecture_of
 
-    families = {p: architecture_of(settings.load(preset=p)).family for p in presets()}
-    if families[name] is not teacher.family:
-        fit = ", ".join(p for p, family in families.items() if family is teacher.family)
+    def family(preset: str) -> Family:
+        return architecture_of(settings.load(preset=preset)).family
+
+    if family(name) is not teacher.family:
+        fit = ", ".join(p for p in presets() if family(p) is teacher.family)
         raise UserError(
-            f"preset '{name}' is for a {families[name].pipeline.__name__}, teacher "
+            f"preset '{name}' is for a {family(name).pipeline.__name__}, teacher "
             f"'{teacher.source}' is a {teacher.family.pipeline.__name__}; presets for it: {fit}"
         )
