@@ -1,8 +1,8 @@
 """Tables and curves of the finished runs of paper.py: ``python benchmarks/paper_report.py``.
 
-Writes benchmarks/results/paper.md; and for tables whose runs are scored on the way TABLE.png
-beside it: FID and captions, over iterations and over hours of training and rollout. The curves
-take matplotlib (``pip install -c constraints.txt -e '.[benchmarks]'``).
+Writes benchmarks/results/paper.md; and for tables of claims TABLE.png beside it: FID and captions
+of the test captions, over iterations and over hours of training and rollout. The curves take
+matplotlib (``pip install -c constraints.txt -e '.[benchmarks]'``).
 """
 
 from __future__ import annotations
@@ -27,12 +27,8 @@ SCORES = {  # by their names in a line: title, digits
     "sharpness": ("sharpness", 2),
 }
 TITLES = ("run", "seeds", "iterations", "steps", *(t for t, _ in SCORES.values()), "hours")
-# Iterations that a table shows; of the others the last one of each run.
-SHOWN: Mapping[str, Sequence[int]] = {
-    "figure3": (10_000, 20_000),
-    "open": (2_500, 5_000),
-    "trajectories": (320, 1_280, 5_120, 6_000, 20_000),
-}
+# Tables of claims, which show the end of each run; the others, of choices, show all points.
+CLAIMS = ("figure5", "figure3", "full")
 
 
 def groups(specs: Sequence[Spec], done: Mapping[str, Line]) -> dict[str, list[Line]]:
@@ -65,16 +61,22 @@ def table(name: str, done: Mapping[str, Line]) -> str:
             for line in lines
             if "error" in line
         ]
-        whole = [line for line in lines if "error" not in line]
-        places = dict.fromkeys((p["iteration"], p["steps"]) for x in whole for p in x["points"])
+        split = "test" if name in CLAIMS else "validation"
+        scored = [
+            (line, point)
+            for line in lines
+            if "error" not in line
+            for point in line["points"]
+            if point["split"] == split
+        ]
+        places = dict.fromkeys((point["iteration"], point["steps"]) for _, point in scored)
         last = max((iteration for iteration, _ in places), default=0)
         for iteration, steps in places:
-            if iteration not in SHOWN.get(name, ()) and iteration != last:
+            if name in CLAIMS and iteration != last:
                 continue
             own = [
                 (line, point)
-                for line in whole
-                for point in line["points"]
+                for line, point in scored
                 if (point["iteration"], point["steps"]) == (iteration, steps)
             ]
             scores = [
@@ -97,8 +99,7 @@ def curves(specs: Iterable[Spec], done: Mapping[str, Line], file: Path) -> None:
     )
     for colour, (name, lines) in enumerate(groups([*specs], done).items()):
         for line in lines:
-            slots = min((p["steps"] for p in line["points"]), default=0)
-            points = [p for p in line["points"] if p["steps"] == slots]
+            points = [p for p in line.get("points", ()) if p["split"] == "test"]
             places = [p["iteration"] for p in points], [hours(line, p) for p in points]
             for row, score in enumerate(("fid_to_teacher", "caption_accuracy")):
                 for column, at in enumerate(places):
@@ -129,8 +130,7 @@ def main() -> None:
     for name, specs in TABLES.items():
         if groups(specs, done):
             parts += [f"## {name}", table(name, done)]
-        curved = all(len(spec.score_at) > 2 for spec in specs)
-        if curved and groups(specs, done):
+        if name in CLAIMS and groups(specs, done):
             curves(specs, done, given.results.with_name(f"{name}.png"))
     write_text(given.results.with_suffix(".md"), "\n\n".join(parts) + "\n")
 

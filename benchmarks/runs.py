@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from scoring import rollout_seconds, scorer, seconds_of
 RESULTS = Path(__file__).parent / "results"
 OTHERS = ("pcm", "lcm", "regression", "dmd2")  # methods that are not the library's
 PICTURES, PICTURES_SEED = 2000, 100  # rendered scenes for methods that take pictures
+Score = Callable[[int], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,31 @@ class Spec:
         method: one of the library's, or of ``OTHERS``.
         settings: beyond the preset, ``section.key=value`` each.
         seed: the training's; the trajectories are the same for all.
-        score_at: iterations after which it is scored; the last is the length of the run.
+        iterations: the length of the run.
+        test_at: iterations after which it is scored on the test captions.
+        validation_at: and on the validation captions.
         steps: numbers of sampling steps that are scored at the end; N alone when empty.
-        split: whose captions it is scored on.
     """
 
     name: str
     method: str = "rapm"
     settings: tuple[str, ...] = ()
     seed: int = 0
-    score_at: tuple[int, ...] = (20_000,)
+    iterations: int = 20_000
+    test_at: tuple[int, ...] = ()
+    validation_at: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
-    split: Split = "test"
 
     @property
     def key(self) -> str:
         return f"{self.name}/{self.seed}"
 
     @property
-    def iterations(self) -> int:
-        return self.score_at[-1]
+    def score_at(self) -> dict[Split, tuple[int, ...]]:
+        """Iterations after which it is scored, by whose captions."""
+        both: dict[Split, tuple[int, ...]]
+        both = {"test": self.test_at, "validation": self.validation_at}
+        return {split: places for split, places in both.items() if places}
 
     @property
     def folder(self) -> str:
@@ -104,7 +111,7 @@ class Spec:
         own = [
             f"training.iterations={self.iterations}",
             f"training.seed={self.seed}",
-            f"samples.every={math.gcd(*self.score_at)}",
+            f"samples.every={math.gcd(*self.test_at, *self.validation_at)}",
         ]
         of_library = self.method if self.method in METHODS else "rapm"
         preset = "toy-paper" if of_library == "rapm" else "toy"
@@ -126,7 +133,7 @@ def execute(spec: Spec, out: Path) -> dict[str, Any]:
         write_json(run.folder / "spec.json", asdict(spec))
         store, teacher = shared_store(run, out / "stores"), teacher_of(run.config)
         method = make_method(spec, run.config, teacher, store, out)
-        points = Points(spec, run, scorer(method, teacher, spec.split))
+        points = Points(spec, run, {s: scorer(method, teacher, s) for s in spec.score_at})
         try:
             if not train_and_score(run, method, store, points):
                 sys.exit(f"{spec.key} was stopped; the same command goes on")
@@ -153,11 +160,11 @@ class Points:
     """Scores along a run, kept in its folder; called while it trains.
 
     Args:
-        score: ``(num_steps) -> scores`` of the student as it stands.
+        scores: by split, ``(num_steps) -> scores`` of the student as it stands.
     """
 
-    def __init__(self, spec: Spec, run: Run, score: Callable[[int], Mapping[str, float]]) -> None:
-        self.spec, self.run, self.score = spec, run, score
+    def __init__(self, spec: Spec, run: Run, scores: Mapping[Split, Score]) -> None:
+        self.spec, self.run, self.scores = spec, run, scores
         self.file = run.folder / "points.json"
         self.known: list[dict[str, Any]] = []
         if self.file.is_file():
@@ -168,14 +175,15 @@ class Points:
         steps = [self.run.config.trajectories.slots]
         if iteration == spec.iterations and spec.steps:
             steps = [*spec.steps]
-        known = {(point["iteration"], point["steps"]) for point in self.known}
-        for num_steps in steps if iteration in spec.score_at else ():
-            if (iteration, num_steps) in known:
+        known = {(point["split"], point["iteration"], point["steps"]) for point in self.known}
+        due = [split for split, places in spec.score_at.items() if iteration in places]
+        for split, num_steps in product(due, steps):
+            if (split, iteration, num_steps) in known:
                 continue
             records = self.run.read_metrics()[:iteration]
-            point = {"iteration": iteration, "steps": num_steps}
+            point = {"split": split, "iteration": iteration, "steps": num_steps}
             point["seconds"] = round(seconds_of(records), 1)
-            self.known.append(point | self.score(num_steps))
+            self.known.append(point | self.scores[split](num_steps))
             write_json(self.file, self.known)
 
 
@@ -284,7 +292,8 @@ def described(line: Mapping[str, Any]) -> str:
     if not line.get("points") or "error" in line:
         return str(line.get("error", "no points"))
     point = line["points"][-1]
-    return f"FID {point['fid_to_teacher']:.3f}, captions {point['caption_accuracy']:.3f}"
+    fid, captions = point["fid_to_teacher"], point["caption_accuracy"]
+    return f"{point['split']} FID {fid:.3f}, captions {captions:.3f}"
 
 
 def state(spec: Spec, out: Path, done: Mapping[str, Mapping[str, Any]]) -> str:
@@ -332,7 +341,7 @@ def main(tables: Mapping[str, Sequence[Spec]], script: str) -> None:
         print("\n".join(f"{spec.key}: {state(spec, given.out, done)}" for spec in specs))
         return
     left = [spec for spec in specs if spec.key not in done]
-    for split in {spec.split for spec in left}:
+    for split in {split for spec in left for split in spec.score_at}:
         try:
             load_reference(split)  # before hours of training
         except UserError as error:

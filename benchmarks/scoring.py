@@ -76,9 +76,10 @@ def scorer(method: Method, teacher: Teacher, split: Split) -> Callable[[int], di
         guidance_scale=method.config.trajectories.guidance_scale,
         batch_size=SIDE_BY_SIDE,
     )
-    oracle, many = Oracle.load(ORACLE), protocol.load_reference(split)[protocol.MANY_STEPS]
+    oracle = Oracle.load(ORACLE)
 
     def scores(num_steps: int) -> dict[str, float]:
+        many = protocol.load_reference(split)[protocol.MANY_STEPS]
         with method.student.averaged():
             measured = protocol.measure(sampler, oracle, STUDENT, num_steps, split)
         if not measured.first.isfinite().all():

@@ -282,16 +282,17 @@ def test_students_of_lcm_and_dmd2_are_sampled_with_new_noise() -> None:
 
 
 def test_every_run_of_the_tables_is_one() -> None:
-    """Settings fit, keys and folders are unique, the last point tells the length."""
+    """Settings fit, keys and folders are unique, the end is scored."""
     specs = runs.unique(paper.TABLES)
     assert {spec.method for spec in specs.values()} >= {"rapm", "midpoint", "pcm", "lcm"}
     folders = {spec.folder for spec in specs.values()}
     assert len(folders) == len(specs)
     for spec in specs.values():
         config = spec.config()
-        assert list(spec.score_at) == sorted({*spec.score_at})
-        assert config.training.iterations == spec.score_at[-1]
-        assert all(k % config.samples.every == 0 for k in spec.score_at)
+        assert config.training.iterations == spec.iterations
+        for places in spec.score_at.values():
+            assert list(places) == sorted({*places}) and places[-1] == spec.iterations
+            assert all(k % config.samples.every == 0 for k in places)
         # An earlier point is then what a shorter run would have ended with.
         assert config.method == "midpoint" or not config.training.decay
 
@@ -326,7 +327,7 @@ def test_a_run_that_was_killed_while_it_was_scored_ends_as_one_that_was_not(
 ) -> None:
     """Points at 2, 4 ... 10, checkpoints at 4, 8 and 10."""
     config = changed(tiny_config, samples={"every": 2})
-    spec = Spec("tiny", "regression", score_at=(2, 4, 6, 8, 10), steps=(1, 3))
+    spec = Spec("tiny", "regression", (), 0, 10, (2, 4, 6, 8, 10), (4, 10), steps=(1, 3))
 
     def go_on(name: str, killed_at: int) -> Run:
         run = Run.open(tmp_path / name, config)
@@ -340,7 +341,7 @@ def test_a_run_that_was_killed_while_it_was_scored_ends_as_one_that_was_not(
                 weights = method.student.parameters.values()
                 return {"sum": sum(float(p.detach().sum()) for p in weights)}
 
-        points = Points(spec, run, score)
+        points = Points(spec, run, {"test": score, "validation": lambda _: {"sum": 0.0}})
         assert runs.train_and_score(run, method, store, points)
         return run
 
@@ -350,6 +351,8 @@ def test_a_run_that_was_killed_while_it_was_scored_ends_as_one_that_was_not(
     killed = go_on("killed", 0)
     found = [json.loads((run.folder / "points.json").read_text()) for run in (whole, killed)]
     for points in found:
+        validation = [points.pop(k) for k, p in [*enumerate(points)][::-1] if p["sum"] == 0]
+        assert [p["iteration"] for p in validation] == [10, 10, 4]
         assert [(p["iteration"], p["steps"]) for p in points] == [
             *((k, 3) for k in (2, 4, 6, 8)),
             (10, 1),
