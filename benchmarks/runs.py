@@ -45,12 +45,13 @@ from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.pipeline import facts_of, make_trajectories
 from rapm.run import Run
+from rapm.status import training_seconds
 from rapm.toy import scenes
 from rapm.toy.scenes import Split
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, fingerprint
 from rapm.versions import versions
-from scoring import rollout_seconds, scorer, seconds_of
+from scoring import rollout_seconds, scorer
 
 RESULTS = Path(__file__).parent / "results"
 OTHERS = ("pcm", "lcm", "regression", "dmd2")  # methods that are not the library's
@@ -182,7 +183,7 @@ class Points:
                 continue
             records = self.run.read_metrics()[:iteration]
             point = {"split": split, "iteration": iteration, "steps": num_steps}
-            point["seconds"] = round(seconds_of(records), 1)
+            point["seconds"] = round(training_seconds(records), 1)
             self.known.append(point | self.scores[split](num_steps))
             write_json(self.file, self.known)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,19 +88,6 @@ def scorer(method: Method, teacher: Teacher, split: Split) -> Callable[[int], di
         return protocol.compared(measured, many) | {"fid_deviation": statistics.stdev(fids)}
 
     return scores
-
-
-def seconds_of(records: Iterable[Mapping[str, Any]]) -> float:
-    """What iterations took, by their metrics: of each kind the median times its number.
-
-    So neither a pause nor pictures between two iterations count, nor a clock that began again.
-    """
-    kinds: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    before = 0.0
-    for record in records:
-        kinds[tuple(record)].append(record["seconds"] - before)
-        before = record["seconds"]
-    return sum(len(taken) * statistics.median_low(taken) for taken in kinds.values())
 
 
 @torch.no_grad()

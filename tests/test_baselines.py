@@ -26,9 +26,10 @@ from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.run import Run
 from rapm.sampling import picture_noise
 from rapm.schedule import Grid, Schedule
+from rapm.status import training_seconds
 from rapm.trajectories import TrajectoryStore
 from runs import Points, Spec
-from scoring import StochasticSampler, seconds_of
+from scoring import StochasticSampler
 
 GRID = Grid(slots=2, fine_steps=3)
 SCALE = 5.0
@@ -303,7 +304,7 @@ def test_seconds_are_of_iterations_and_not_of_what_stood_between() -> None:
     for k, seconds in enumerate(taken):
         now += seconds
         records.append({"iteration": k, ("discriminator", "distance")[k % 2]: 0.0, "seconds": now})
-    assert seconds_of(records) == pytest.approx(4 * 1.0 + 4 * 2.0)
+    assert training_seconds(records) == pytest.approx(4 * 1.0 + 4 * 2.0)
 
 
 def test_runs_with_equal_facts_share_their_trajectories(

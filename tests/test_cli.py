@@ -358,9 +358,9 @@ def test_distilling_says_what_it_does_and_goes_on(rapm, tmp_path, tiny_midpoint)
     assert lines[-5:] == [
         f"LoRA for diffusers: {run / 'export' / 'pytorch_lora_weights.safetensors'}",
         f"LoRA for ComfyUI, Forge and A1111: {run / 'export' / 'run-3-steps.safetensors'}",
+        f"Page: {run / 'report.html'}",
         f"Picture: {run / 'samples' / 'iterations.png'}",
         f"Picture: {run / 'samples' / 'seed-0-steps-3.png'}",
-        f"Picture: {run / 'samples' / 'teacher.png'}",
     ]
     kept = everything_in(tmp_path / "run" / "checkpoints")
     code, out, _ = rapm("train", "run")

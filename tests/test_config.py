@@ -26,6 +26,7 @@ FREE = [
     "training.keep_checkpoints",
     "samples.every",
     "samples.count",
+    "evaluate.every",
 ]
 ODD = {
     "teacher": 'C:\\models\\"mine"',
@@ -596,6 +597,24 @@ def test_more_iterations_go_on_where_no_rate_falls_to_an_end():
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "training.iterations=5\nstudent.rank=64",
+            "training.iterations: Input should be a",
+        ),
+        ("trajectories.size=0x0", "write WIDTHxHEIGHT in pixels"),
+        ("trajectories.negative_prompt=a\udcff", "trajectories.negative_prompt is not UTF-8 text"),
+        ("trajectories.count=1000000000", "less than or equal to 10000000"),
+    ],
+)
+def test_settings_that_would_be_taken_for_others(given, told):
+    with pytest.raises(UserError) as caught:
+        load(settings=[given])
+    assert told in str(caught.value)
+
+
 def test_exactly_these_keys_are_free():
     """Every key is changed in turn, valid or not."""
     old = Config()

@@ -171,8 +171,10 @@ def test_pictures_are_in_the_plan(tiny_config: Config) -> None:
     assert plan.picture_passes == pytest.approx(8 * last, rel=0.01)
     assert plan.flops["pictures"] == pytest.approx(plan.picture_passes * of_pass)
     more = make_plan(changed(config, samples={"count": 2, "every": 4}), teacher)  # 0, 4, 8, 10
-    on_the_way = 20 + decoding + 4 * (3 / 2 + decoding)
-    assert more.picture_passes - plan.picture_passes == pytest.approx(2 * on_the_way, rel=0.01)
+    on_the_way = 21 + 3 + 2 * decoding + 4 * (3 / 2 + decoding)
+    paths = 5 * 3 * decoding  # of one prompt: the teacher's, and four of the student's
+    expected = pytest.approx(2 * on_the_way + paths, rel=0.01)
+    assert more.picture_passes - plan.picture_passes == expected
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ SETTINGS = (
     "trajectories.count=6",
     "trajectories.guidance_scale=3.0",
     "training.iterations=20",
+    "samples.every=20",
     "training.checkpoint_every=20",
     "training.decay=0.5",
     "student.learning_rate=1e-3",
@@ -35,7 +36,10 @@ def curve(method: str, folder: Path) -> list[dict[str, float]]:
     run = Run.open(folder, settings.load(method=method, settings=given))
     make_trajectories(run)
     assert train_run(run)
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in run.read_metrics()]
+    return [
+        {name: value for name, value in record.items() if name != "seconds" and "/" not in name}
+        for record in run.read_metrics()
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from rapm.errors import UserError
 from rapm.io import (
     append_line,
     complete_or_absent,
-    complete_or_absent_folder,
+    files_together,
     load_checked,
     load_made,
     load_metadata,
@@ -71,21 +71,30 @@ def test_json_keeps_every_letter(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("before", [{}, {"a": "old"}], ids=["absent", "older"])
-def test_a_folder_is_complete_or_as_it_was(tmp_path, before, error):
-    folder = tmp_path / "folder"
-    if before:
-        folder.mkdir()
-        (folder / "a").write_text("old")
-    with pytest.raises(type(error)), complete_or_absent_folder(folder) as temporary:
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("before", [{}, {"a": "old", "mine": "a user's"}], ids=["absent", "older"])
+def test_files_come_together_or_not_at_all(tmp_path, before, linked, error):
+    """What else is in the folder stays, and a link stays one."""
+    folder = place = tmp_path / "folder"
+    if linked:
+        place = tmp_path / "elsewhere"
+        place.mkdir()
+        folder.symlink_to(place)
+    for name, text in before.items():
+        write_text(place / name, text)
+    with pytest.raises(type(error)), files_together(folder) as temporary:
         (temporary / "a").write_text("half")
         raise error
-    assert [file.name for file in tmp_path.iterdir()] == ["folder"] * bool(before)
-    assert not before or contents(folder) == before
-    with complete_or_absent_folder(folder) as temporary:
-        (temporary / "b").write_text("new")
-    assert contents(folder) == {"b": "new"}
-    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+    assert not before or contents(place) == before
+    with files_together(folder) as temporary:
+        (temporary / "a").write_text("new")
+        (temporary / "b").mkdir()
+        (temporary / "b" / "c").write_text("too")
+    assert contents(place / "b") == {"c": "too"}
+    (place / "b" / "c").unlink()
+    (place / "b").rmdir()
+    assert contents(place) == {**before, "a": "new"}
+    assert folder.is_symlink() == linked
 
 
 def test_a_tensor_file_has_the_permissions_of_any_new_file(tmp_path):
@@ -111,12 +120,12 @@ def test_a_file_and_its_name_are_on_the_disk_before_and_after_it_is_renamed(tmp_
     write_text(tmp_path / "x" / "a", "")
     assert did == ["sync .a.partial", "rename a", "sync x"]
     did.clear()
-    with complete_or_absent_folder(tmp_path / "x") as folder:
+    with files_together(tmp_path / "x") as folder:
         (folder / "b").write_text("")
         (folder / "c").mkdir()
         (folder / "c" / "d").write_text("")
-    assert sorted(did[:4]) == ["sync .x.partial", "sync b", "sync c", "sync d"]
-    assert did[4:] == ["rename .x.old.partial", "rename x", f"sync {tmp_path.name}"]
+    assert did[:4] == ["sync b", "sync d", "rename b", "rename d"]
+    assert {*did[4:]} == {"sync c", "sync x"}
 
 
 def test_what_cannot_be_written_is_told_with_its_place(tmp_path, monkeypatch):
@@ -125,40 +134,23 @@ def test_what_cannot_be_written_is_told_with_its_place(tmp_path, monkeypatch):
         lambda: write_text(tmp_path / "file" / "a", ""),
         lambda: save_tensors(tmp_path / "file" / "a", {}),
         lambda: append_line(tmp_path / "file" / "a", ""),
-        lambda: complete_or_absent_folder(tmp_path / "file" / "a").__enter__(),
+        lambda: files_together(tmp_path / "file" / "a").__enter__(),
         lambda: save(Image.new("RGB", (1, 1)), tmp_path / "file" / "a"),
     ):
         with pytest.raises(io.NotWritten, match=r"/file/a could not be written: \[Errno (17|20)\]"):
             write()
 
 
-def test_a_folder_comes_back_when_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
-    write_text(tmp_path / "x" / "a", "old")
-    replace = Path.replace
-
-    def held(self, target):
-        if self.name == ".x.partial":
-            raise PermissionError(13, "another program has it")
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", held)
-    with pytest.raises(io.NotWritten), complete_or_absent_folder(tmp_path / "x") as folder:
-        (folder / "a").write_text("new")
-    assert [file.name for file in tmp_path.iterdir()] == ["x"]
-    assert contents(tmp_path / "x") == {"a": "old"}
-
-
-def test_a_sweep_takes_what_killed_writes_left_and_brings_back_what_was_to_be_replaced(tmp_path):
-    for name in (".x.partial/a", ".x.old.partial/a", "y/a", ".y.old.partial/b", ".tmpAbC123"):
+def test_a_sweep_takes_what_killed_writes_left(tmp_path):
+    for name in (".x.partial/a", "y/a", ".tmpAbC123"):
         write_text(tmp_path / name, name)
     for name in (".tmp", ".tmpAbC1234", "a.partial", ".partial", ".lock"):
         write_text(tmp_path / name, "")
     sweep(tmp_path)
     sweep(tmp_path / "none")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *(".lock", ".partial", ".tmp", ".tmpAbC1234", "a.partial", "x", "y")
+        *(".lock", ".partial", ".tmp", ".tmpAbC1234", "a.partial", "y")
     ]
-    assert contents(tmp_path / "x") == {"a": ".x.old.partial/a"}
     assert contents(tmp_path / "y") == {"a": "y/a"}
 
 

@@ -201,10 +201,41 @@ def test_what_does_not_fit_is_refused_by_name(
     def both(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
         return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
 
-    assert refused(both(name, down, up * torch.nan)) == f"{name} is not finite: the file is damaged"
+    assert (
+        refused(both(name, down, up * torch.nan))
+        == f"{name} is not finite: the file is damaged, or the strength too large"
+    )
     assert refused(both(name, down[:, 1:], up)).startswith(f"{name} has shapes [2, ")
     assert refused(both("lora_unet_conv_nowhere", down, up)) == (
         "1 of its layers found no place in unet, lora_unet_conv_nowhere for one"
     )
     assert refused(both("lora_te2_x", down, up)) == "lora_te2_x belongs to no part of it"
     assert refused({f"{name}.lora_down.weight": down}) == f"of {name} there is one half alone"
+    damaged = [{f"{name}.alpha": torch.ones(2)}, {f"{name}.lora_up.weight": up[:, :0]}]
+    damaged += [{f"{name}.lora_up.weight": torch.ones(())}]
+    for tensors in damaged:
+        told = refused({**both(name, down, up), **tensors})
+        assert told.startswith("it is damaged (") or "has shapes" in told
+    for metadata in ("{", "[]", "[" * 9999, '{"lora_alpha": "a"}', '{"alpha_pattern": {"(": 1}}'):
+        save_file(both(name, down, up), file, {"lora_adapter_metadata": metadata})
+        with pytest.raises(UserError, match="it is damaged"):
+            fused(models, family, file)
+
+
+def test_what_is_no_lora_is_refused_when_it_is_named(tmp_path: Path) -> None:
+    file, name = tmp_path / "l.safetensors", "lora_unet_x"
+
+    def refused(strength: str = "", **tensors: Tensor) -> str:
+        save_file({f"{name}.{key}.weight": value for key, value in tensors.items()}, file)
+        with pytest.raises(UserError) as error:
+            find_lora(f"{file}{strength}")
+        return str(error.value).removeprefix(f"LoRA {file}")
+
+    assert refused() == " holds no tensor"
+    whole = torch.ones(2, 2, dtype=torch.int8)
+    told = ": 'lora_unet_x.lora_down.weight' is of whole or complex numbers; take it in float16, "
+    assert refused(lora_down=whole, lora_up=torch.ones(2, 2)) == told + "bfloat16 or float32"
+    assert refused(lora_down=whole.cfloat()) == told + "bfloat16 or float32"
+    for strength in (":nan", ":inf"):
+        told = f": its strength is {strength[1:]}, which is no number"
+        assert refused(strength, lora_down=torch.ones(2, 2)) == told

@@ -199,8 +199,11 @@ def test_gradients_of_rapm_equal_those_of_separate_copies(
                 assert not gradient.any(), (name, key)
             else:
                 torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=2e-6)
+    by_slot = {name: logged.pop(name) for name in list(logged) if "/" in name}
     for name, value in logged.items():
         assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+        own = [by_slot[f"{name}/{n}"] for n in range(N)] if name.endswith("distance") else []
+        assert not own or sum(own) / N == pytest.approx(value)
     assert any("distance" in name for name in logged) == (STUDENT in learning)
     assert any("margin" in name for name in logged) == (learning != (STUDENT,))
 
@@ -225,7 +228,7 @@ def test_gradients_of_midpoint_equal_those_of_separate_copies(
     logged = method.training_step(0, batch, seeded("a test"))
     copies, grid = single_copies(method, kind), method.grid
     teacher = guided(copies[TEACHER], make_store(kind).unconditional, 3.0)
-    total, expected = torch.zeros(()), 0.0
+    total, expected, by_slot = torch.zeros(()), 0.0, {}
     prompts, z = batch.conditioning, batch.noise
     for n in reversed(range(N)):
         t, mid, s = grid.coarse(n + 1), grid.intermediate(n), grid.coarse(n)
@@ -239,12 +242,13 @@ def test_gradients_of_midpoint_equal_those_of_separate_copies(
             total + [4.0, 1.0, 0.5][n] * distance,
             expected + float(distance.detach()) / N,
         )
+        by_slot[f"distance/{n}"] = pytest.approx(float(distance.detach()), rel=1e-4)
         z = z_phi.detach()
     own = copies[STUDENT].parameters(STUDENT)
     reference = torch.autograd.grad(total, list(own.values()))
     for gradient, wanted in zip(found(method, STUDENT).values(), reference, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=2e-6)
-    assert logged == {"distance": pytest.approx(expected, rel=1e-4)}
+    assert logged == {"distance": pytest.approx(expected, rel=1e-4), **by_slot}
 
 
 def test_midpoint_is_an_implicit_midpoint_step_of_the_teachers_ode(ddim_schedule: Schedule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -767,6 +768,20 @@ SCHEDULER = "scheduler/scheduler_config.json"
             "its text_encoder has _class_name = 'CLIPTextModelWithProjection'",
         ),
         ("sd15", "model_index.json", {"tokenizer": ["transformers", "No"]}, "its tokenizer is ['"),
+        # What would hang, or show after the rollout.
+        ("sd15", UNET, {"layers_per_block": 10**8}, "its unet has layers_per_block = 100000000"),
+        ("sdxl", UNET, {"transformer_layers_per_block": [1, 10**8]}, "its unet has transformer_l"),
+        ("sd15", VAE, {"layers_per_block": 10**8}, "its vae has layers_per_block = 100000000"),
+        ("sd15", TEXT, {"num_hidden_layers": 10**8}, "its text_encoder has num_hidden_layers = 1"),
+        ("sd15", UNET, {"norm_eps": "x"}, "its unet: group_norm(): argument 'eps'"),
+        ("sd15", UNET, {"freq_shift": "x"}, "cannot be loaded: its unet: unsupported operand"),
+        ("sd15", VAE, {"scaling_factor": None}, "its vae has scaling_factor = None, which is no"),
+        ("sd15", VAE, {"scaling_factor": 0}, "its vae has scaling_factor = 0, which is no positi"),
+        ("sdxl", VAE, {"latents_mean": [1.0], "latents_std": [1.0] * 4}, "latents_mean = [1.0] fo"),
+        ("sd15", SCHEDULER, {"beta_start": 0.0, "beta_end": 0.0}, "noise does not grow from step"),
+        ("sd15", SCHEDULER, {"beta_end": 5.0}, "noise does not grow from step to step; they are"),
+        ("sd15", SCHEDULER, {"beta_start": math.nan}, "noise does not grow from step to step"),
+        ("sd15", SCHEDULER, {"trained_betas": [1.0] * 1000}, "noise does not grow from step to"),
     ],
 )
 def test_a_config_that_no_call_serves_is_refused(
@@ -780,6 +795,32 @@ def test_a_config_that_no_call_serves_is_refused(
     shutil.copytree(small_teachers[kind], tmp_path / "t")
     change(tmp_path / "t" / file, **new)
     assert told in refused(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("file", "new", "told"),
+    [
+        (TEXT, {"vocab_size": 20}, "its tokenizer: it has 597 tokens, its text_encoder 20"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"pad_token": None},
+            "its tokenizer: it has no token to fill prompts up with",
+        ),
+    ],
+)
+def test_a_tokenizer_goes_with_its_encoder(
+    small_teachers: dict[str, Path], tmp_path: Path, file: str, new: dict[str, Any], told: str
+) -> None:
+    shutil.copytree(small_teachers["sd15"], tmp_path / "t")
+    change(tmp_path / "t" / file, **new)
+    if "vocab_size" in new:
+        weights = next((tmp_path / "t" / "text_encoder").glob("*.safetensors"))
+        tensors = load_file(weights)
+        cut = {k: v[:20].contiguous() if "token_emb" in k else v for k, v in tensors.items()}
+        save_file(cut, weights, {"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        resolve_teacher(str(tmp_path / "t")).load_tokenizers()
+    assert told in str(caught.value)
 
 
 def test_every_field_of_a_network_is_judged() -> None:
@@ -1000,6 +1041,11 @@ def test_latents_are_decoded_as_the_pipeline_does(
         ("# parameterization: v", ""),
         ("parameterization: eps  # v", ""),
         ("linear_start: 8.5e-4", ""),
+        ('"parameterization": "v"', "says parameterization v"),
+        ("parameterization: !!str v", "says parameterization v"),
+        ("of: {params: {parameterization: v}}", "says parameterization v"),
+        ("a: &a [1]\n    b: *a", ""),  # YAML that points to itself is walked once
+        ("a: [", "is no YAML that can be read"),
     ],
 )
 def test_the_yaml_beside_a_file_counts(
@@ -1007,11 +1053,13 @@ def test_the_yaml_beside_a_file_counts(
 ) -> None:
     folder, file = small_teachers["sd15"], tmp_path / "model.safetensors"
     save_single_file(DiffusionPipeline.from_pretrained(folder, safety_checker=None), file)
-    file.with_suffix(".yaml").write_text(f"model:\n  target: ldm.models\n  params:\n    {line}\n")
-    if told:
-        assert told in refused(file, config=str(folder))
-    else:
-        assert resolve_teacher(str(file), config=str(folder)).checkpoint == file
+    text = f"model:\n  target: ldm.models\n  params:\n    {line}\n"
+    for encoding in ("utf-8", "utf-16"):
+        file.with_suffix(".yaml").write_text(text, encoding)
+        if told:
+            assert told in refused(file, config=str(folder))
+        else:
+            assert resolve_teacher(str(file), config=str(folder)).checkpoint == file
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

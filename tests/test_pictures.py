@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ from PIL import Image
 
 from conftest import changed
 from rapm import pictures
+from rapm import samples as samples_module
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.methods import METHODS
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import load_backbone
 from rapm.network import STUDENT, TEACHER
-from rapm.pictures import TEACHER_STEPS, TrainingSamples, image_grid, show_trajectories, to_pictures
+from rapm.pictures import facts_of_picture, image_grid, show_trajectories, to_pictures
 from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
 from rapm.sample import open_sampler
-from rapm.sampling import guided
+from rapm.samples import TrainingSamples, cut, measures, save_row
+from rapm.sampling import guided, picture_noise
+from rapm.schedule import trailing_timesteps
 from rapm.trajectories import TrajectoryStore
 
+BESIDE_ROWS = ["iterations.png", "teacher-few.png", "teacher.png"]
+BESIDE_ROWS += ["trajectory-student.png", "trajectory-teacher.png"]
 PROMPTS = ["a red star on grass", "a blue ring on sand"]
 
 
@@ -77,6 +83,21 @@ def test_pictures_of_several_sizes_do_not_overlap(tmp_path: Path) -> None:
         assert (found[second : second + 16, left : left + 32] == 0).all()
 
 
+def test_no_sheet_is_too_large_to_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs refuse hundreds of megapixels; ours would be 64 pictures of 1024 x 1024, thrice."""
+    for module in (samples_module, pictures):
+        monkeypatch.setattr(module, "MOST_PIXELS", 6 * 100 * 50)
+    row = [Image.new("RGB", (200, 100))] * 3
+    image_grid([("one", row), ("two", row)], tmp_path / "grid.png", facts={"a": 1})
+    assert pixels(tmp_path / "grid.png").shape == (2 * (50 + 4 + 22) + 4, 3 * 104 + 4, 3)
+    save_row(row, tmp_path / "row.png")
+    assert [picture.size for picture in cut(tmp_path / "row.png")] == [(141, 70)] * 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert facts_of_picture(tmp_path / "grid.png") is None
+
+
 def test_values_become_pixels() -> None:
     (picture,) = to_pictures(torch.tensor([-2.0, -1, 0, 1, 3]).expand(1, 3, 2, 5))
     assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
@@ -94,17 +115,18 @@ def test_rows_at_the_start_in_between_and_at_the_end(config: Config, tmp_path: P
     config = changed(config, student={"learning_rate": 0.02}, training=training)
     run = trained(changed(config, samples={"every": 4, "count": 2}), tmp_path / "with")
     rows = [f"iteration-{k:08d}.png" for k in (0, 4, 8, 10)]
-    assert names(run.samples) == [*rows, "iterations.png", "teacher.png"]
+    assert names(run.samples) == [*rows, *BESIDE_ROWS]
     strip = pixels(run.samples / "iterations.png")
-    assert strip.shape == (5 * (64 + 4 + 22) + 4, 2 * 64 + 4 + 4, 3)
-    for place, name in enumerate(["teacher.png", *rows]):
+    assert strip.shape == (6 * (64 + 4 + 22) + 4, 2 * 64 + 4 + 4, 3)
+    for place, name in enumerate(["teacher.png", "teacher-few.png", *rows]):
         top = place * (64 + 4 + 22) + 4 + 22
         assert (strip[top : top + 64, 4 : 4 + 128] == pixels(run.samples / name)).all()
 
     sampler = open_sampler(run)
     for name, adapter, steps in (
         (rows[-1], STUDENT, 3),
-        ("teacher.png", TEACHER, TEACHER_STEPS),
+        ("teacher.png", TEACHER, 21),  # 20 or more, and a multiple of N
+        ("teacher-few.png", TEACHER, 3),  # the run's guidance is 3, as it is there
     ):
         images = sampler.images(adapter, PROMPTS, [0, 1], steps)
         assert abs(pixels(run.samples / name) - in_a_row(images)).max() <= 1
@@ -118,11 +140,66 @@ def test_rows_at_the_start_in_between_and_at_the_end(config: Config, tmp_path: P
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_trajectory_is_what_each_step_predicts(config: Config, tmp_path: Path) -> None:
+    """Clean pictures predicted at the coarse timesteps, and the end; the student's and the
+    teacher's, whose 21 steps come by there at every seventh."""
+    samples = make_samples(changed(config, samples={"count": 1}), tmp_path)
+    samples(0)
+    run, backbone, schedule = samples.run, samples.method.backbone, samples.teacher.schedule
+    row, shape = samples.store[0], samples.rows[0].absolute.shape[1:]
+    prompt = {name: value[None] for name, value in row.conditioning.items()}
+    vae = samples.teacher.load(["vae"], torch.float32, "cpu")
+    both = guided(backbone, samples.store.unconditional, 3.0)
+    for name, adapter, steps, denoiser in (
+        ("student", STUDENT, 3, backbone),
+        ("teacher", TEACHER, 21, both),
+    ):
+        z, clean = picture_noise(0, shape)[None], []
+        for k, (t, s) in enumerate(pairwise(trailing_timesteps(steps))):
+            with backbone.adapter(adapter), torch.no_grad():
+                prediction = denoiser(z, torch.tensor([t]), prompt)
+            if k % (steps // 3) == 0:
+                clean.append(schedule.x0_and_eps(z, prediction, t)[0])
+            z = schedule.step(z, prediction, t, s)
+        images = samples.teacher.family.decode(vae, torch.cat([*clean, z]))
+        found = pixels(run.samples / f"trajectory-{name}.png")
+        assert abs(found - in_a_row(images)).max() <= 1
+        assert len(cut(run.samples / f"trajectory-{name}.png")) == 4
+
+
+def test_what_a_row_measures(tmp_path: Path) -> None:
+    """Half as bright, a third of the contrast, the same places; then the places of the neighbour.
+
+    Layouts of three flat pictures of grey 0, 64 and 128 are 64, 64 and 128 apart, in turn.
+    """
+    board = np.indices((32, 32)).sum(0) % 2 * 60
+    teacher = [np.stack([board + level] * 3, 2) for level in (0, 64, 128)]
+    rows = {0: [picture // 2 for picture in teacher], 10: [*teacher[1:], teacher[0]]}
+
+    def write(pictures: list[np.ndarray], name: str) -> None:
+        save_row([Image.fromarray(x.astype(np.uint8)) for x in pictures], tmp_path / name)
+
+    write(teacher, "teacher.png")
+    for k, row in rows.items():
+        write(row, f"iteration-{k:08d}.png")
+    first = measures(tmp_path, [0])
+    assert first["brightness"] == pytest.approx(0.5, abs=0.01)
+    assert first["contrast"] == pytest.approx(0.5, abs=0.01)
+    assert first["sharpness"] == pytest.approx(0.25, abs=0.01)  # a variance
+    second = measures(tmp_path, [0, 10])
+    assert second["brightness"] == second["contrast"] == second["sharpness"] == 1
+    assert second["to_teacher"] == pytest.approx(1)
+    own = np.array([[94, 158, 30], [15, 47, 79]])  # means, less what the board adds
+    apart = np.sqrt(((own[0] - own[1]) ** 2).mean()) / np.sqrt((64**2 + 64**2 + 128**2) / 3)
+    assert second["moved"] == pytest.approx(apart, abs=0.01)
+    assert "moved" not in first
+
+
 def test_by_default_there_are_twenty_rows(
     tiny_midpoint: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(TrainingSamples, "__call__", lambda self, k: drawn.append(k))
+    monkeypatch.setattr(TrainingSamples, "__call__", lambda self, k: drawn.append(k) or {})
     monkeypatch.setattr("rapm.train.gradients", lambda *_: {})  # nothing is learnt, fast
     training = {"iterations": 390, "checkpoint_every": 1000}
     trained(changed(tiny_midpoint, training=training), tmp_path / "run")
@@ -139,11 +216,11 @@ def test_the_strip_of_a_resumed_run_is_that_of_a_whole_one(
 
         def interrupted(
             self: TrainingSamples, iteration: int, kill: int = kill, drawn: bool = drawn
-        ) -> None:
-            if iteration != kill or drawn:
-                draw(self, iteration)
+        ) -> dict[str, float]:
+            measured = draw(self, iteration) if iteration != kill or drawn else {}
             if iteration == kill:
                 raise KeyboardInterrupt
+            return measured
 
         run = Run.open(tmp_path / f"killed at {kill}", config)
         make_trajectories(run)
@@ -170,12 +247,12 @@ def test_a_run_that_goes_back_forgets_the_rows_beyond(
     )
     before = (folder / "teacher.png").read_bytes()
     again(0)
-    assert names(folder) == ["iteration-00000000.png", "iterations.png", "teacher.png"]
+    assert names(folder) == ["iteration-00000000.png", *BESIDE_ROWS]
     assert (folder / "teacher.png").read_bytes() != before
-    assert pixels(folder / "iterations.png").shape[0] == 2 * (64 + 4 + 22) + 4
+    assert pixels(folder / "iterations.png").shape[0] == 3 * (64 + 4 + 22) + 4
     for iteration in (2, 4, 2):  # back to a checkpoint: the later row is drawn again in time
         again(iteration)
-    assert pixels(folder / "iterations.png").shape[0] == 3 * (64 + 4 + 22) + 4
+    assert pixels(folder / "iterations.png").shape[0] == 4 * (64 + 4 + 22) + 4
     assert "iteration-00000004.png" in names(folder)
 
 
@@ -225,7 +302,7 @@ def test_too_little_room_for_pictures_does_not_end_a_run(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(pictures, "decode", full)
+    monkeypatch.setattr(samples_module, "decode", full)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         config = changed(tiny_midpoint, samples={"every": 1}, training={"iterations": 3})
@@ -244,7 +321,7 @@ def test_another_error_is_not_hidden(
 
     samples = make_samples(changed(tiny_midpoint, samples={"count": 2}), tmp_path)
     before = {name: p.clone() for name, p in samples.method.student.parameters.items()}
-    monkeypatch.setattr(pictures, "decode", wrong)
+    monkeypatch.setattr(samples_module, "decode", wrong)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         samples(0)
     assert samples.method.backbone.active is None

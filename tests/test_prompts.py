@@ -47,6 +47,14 @@ def pairs(source):
 # ---- what is read
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_other_encodings_are_not_taken_for_text(write, encoding):
+    assert "holds control characters; is the file UTF-16?" in told(
+        write("a.txt", "a cat".encode(encoding))
+    )
+    assert "holds control characters" in told(write("a.jsonl", '{"prompt": "a\\u0000b"}'))
+
+
 @pytest.mark.parametrize("ending", [".txt", ".TXT"])
 def test_a_text_file_has_a_prompt_a_line(write, ending):
     name = write(f"a{ending}", "\ufeffa cat\r\n\r\n  a dog, sleeping \n\t\na “fox”\u2028at dusk")

@@ -163,7 +163,7 @@ def test_four_iterations_of_train_are_the_papers(
     seen: dict[int, Any] = {}  # by iteration: parameters and heads of every learner
 
     def watch(run: Run, teacher: Any, method: Any, store: Any) -> Any:
-        def note(iteration: int) -> None:
+        def note(iteration: int) -> dict[str, float]:
             # Half of a new LoRA is zero, and so is the other half's first gradient.
             for k, learner in enumerate(method.learners.values() if iteration == 0 else ()):
                 noise = torch.Generator().manual_seed(k)
@@ -176,6 +176,7 @@ def test_four_iterations_of_train_are_the_papers(
                 )
                 for name, learner in method.learners.items()
             }
+            return {}
 
         return note
 

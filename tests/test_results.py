@@ -30,10 +30,11 @@ from rapm.export import export_run, exported, kohya_state, model_card
 from rapm.models.resolve import resolve_teacher, teacher_of
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER, Backbone
-from rapm.pipeline import distill_run, evaluate_run, make_trajectories, open_run, train_run
+from rapm.pipeline import distill_run, make_trajectories, open_run, train_run
 from rapm.run import Run
 from rapm.sample import Sampler, open_sampler, sample_run
 from rapm.sampling import picture_noise
+from rapm.scores import evaluate_run
 from rapm.trajectories import TrajectoryStore, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -378,6 +379,24 @@ def test_the_file_for_diffusers_says_nothing_that_an_older_peft_does_not_know(
     with safe_open(finished.export / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
+
+
+def test_an_export_takes_nothing_away(finished: Run, tmp_path: Path) -> None:
+    """A user's file beside it stays, and a link to another program's folder stays a link."""
+    run = Run.existing(finished.folder)
+    note = run.export / "notes.txt"
+    note.write_text("mine")
+    export_run(run)
+    assert note.read_text() == "mine"
+    note.unlink()
+    run.export.rename(tmp_path / "loras")
+    run.export.symlink_to(tmp_path / "loras")
+    try:
+        export_run(run)
+        assert run.export.is_symlink() and exported(run).diffusers.is_file()
+    finally:
+        run.export.unlink()
+        (tmp_path / "loras").rename(run.export)
 
 
 def test_export_is_the_average_and_can_be_repeated(finished: Run) -> None:

@@ -402,8 +402,26 @@ def test_copies_beside_the_checkpoints_are_nobodys(run):
     run.save_checkpoint(10, weights(10))
     for name in ("step-00000020 (1)", "step-best", "step-00000020.safetensors - Copy", "step-5"):
         (run.checkpoints / f"{name}.safetensors").write_bytes(b"")
+    (run.checkpoints / "step-00000030.safetensors").mkdir()
     assert run.checkpoint_steps() == [10]
     assert run.load_checkpoint()[0] == 10
+    step, digest = run.newest_checkpoint()
+    (run.checkpoints / "step-zzz.safetensors").write_bytes(b"a copy")
+    assert run.newest_checkpoint() == (step, digest) and step == 10
+    run.save_checkpoint(20, weights(20))
+    for name, value in run.load_checkpoint(10)[1].items():
+        assert value.equal(weights(10)[name])
+    assert run.newest_checkpoint()[1] != digest
+    (run.checkpoints / "step-00000010.safetensors").unlink()
+    with pytest.raises(UserError, match="the checkpoint of iteration 10 is gone; run this again"):
+        run.load_checkpoint(10)
+
+
+def test_checkpoints_that_cannot_be_looked_for_are_not_called_absent(run):
+    assert run.newest_checkpoint() == (0, "")
+    run.checkpoints.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{run.checkpoints} cannot be read: Not a directory"):
+        run.checkpoint_steps()
 
 
 def test_a_finished_run_goes_on_as_one_that_had_more_iterations_from_the_start(

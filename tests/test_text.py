@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rapm.errors import NonFinite, UserError
-from rapm.text import code_block, code_span, one_line, output
+from rapm.text import code_block, code_cell, code_span, one_line, output
 
 HOSTILE = "a\x1b[2Jb\nc\rd\u202ee\u2028f\x00g\x9bh\udc80"
-SHOWN = "a\\x1b[2Jb\\nc\\rd\\u202ee\\u2028f\\x00g\\x9bh\\udc80"
+SHOWN = "a\\u001b[2Jb\\nc\\rd\\u202ee\\u2028f\\u0000g\\u009bh\\udc80"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_code_span_keeps_everything_inside(text, span):
 
 def test_a_code_block_keeps_everything_inside():
     assert code_block("a = 1\nb = 2\n", "toml") == "```toml\na = 1\nb = 2\n```"
-    assert code_block('a = "```"\n<b>\x1b', "toml") == '````toml\na = "```"\n<b>\\x1b\n````'
+    assert code_block('a = "```"\n<b>\x1b', "toml") == '````toml\na = "```"\n<b>\\u001b\n````'
 
 
 def test_what_the_encoding_lacks_is_escaped(monkeypatch):
@@ -56,7 +56,7 @@ def test_what_the_encoding_lacks_is_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252", newline="\n"))
     with output():
         print("run 出力\x1b[2J\nélan")
-    assert raw.getvalue() == b"run \\u51fa\\u529b\\x1b[2J\n\xe9lan\n"
+    assert raw.getvalue() == b"run \\u51fa\\u529b\\u001b[2J\n\xe9lan\n"
     assert isinstance(sys.stdout, io.TextIOWrapper)
 
 
@@ -95,3 +95,7 @@ def test_work_goes_on_when_nobody_reads_the_output(tmp_path, which):
     assert done.returncode == 0
     assert done.stderr == ("progress\n" if which == "stdout" else None)
     assert (tmp_path / "done").exists()
+
+
+def test_a_bar_begins_no_cell():
+    assert code_cell("a|b") == "`a\\|b`"

@@ -28,9 +28,9 @@ from rapm.errors import UserError
 from rapm.evaluate import toy as protocol
 from rapm.evaluate.metrics import frechet_distance
 from rapm.network import STUDENT
-from rapm.pipeline import evaluate_run
 from rapm.run import Run
 from rapm.sample import open_sampler
+from rapm.scores import evaluate_run
 from rapm.settings import load
 from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE, TEACHER
 from rapm.toy.oracle import FEATURES, Oracle
@@ -269,7 +269,7 @@ def test_a_checkpoint_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = Run(tmp_path, load(method="midpoint"))
     rows, asked = [*TEACHER_ROWS, row("student", 4, 0.2, 0.8)], []
     monkeypatch.setattr(protocol, "score", lambda *given: asked.append(given[1:]) or rows)
-    monkeypatch.setattr("rapm.pipeline.open_sampler", lambda run: None)
+    monkeypatch.setattr("rapm.scores.open_sampler", lambda run, step: None)
     run.save_checkpoint(4, {"a": torch.ones(1)})
     first = evaluate_run(run)
     assert first == evaluate_run(run)
@@ -302,7 +302,7 @@ def test_a_run_is_scored_against_the_shipped_reference(
     run = Run(tmp_path, config)
     sampler = open_sampler(run, student=False)
     sampler.backbone.add_adapter(STUDENT, 1, ("to_q",), 0)
-    monkeypatch.setattr("rapm.pipeline.open_sampler", lambda run: sampler)
+    monkeypatch.setattr("rapm.scores.open_sampler", lambda run, step: sampler)
     oracle = Oracle.load(ORACLE)
     with pytest.raises(UserError, match="make it with"):
         evaluate_run(run)

@@ -82,6 +82,9 @@ def test_it_saves_in_time_however_slow_iterations_are(
     assert trained(config, tmp_path / "run").checkpoint_steps() == [1, 2, 3]
 
 
+SLOTS = range(3)
+
+
 def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:
     records = trained(tiny_config, tmp_path / "run").read_metrics()
     assert [record["iteration"] for record in records] == list(range(10))
@@ -93,6 +96,7 @@ def test_what_is_logged(tiny_config: Config, tmp_path: Path) -> None:
             parts = ("distance", "adversarial")
         expected = {f"{term}_{part}" for term in ("relative", "absolute") for part in parts}
         if record["iteration"] % 2:
+            expected |= {f"{term}_distance/{n}" for term in ("relative", "absolute") for n in SLOTS}
             expected.add("student_gradient")
         assert record.keys() == always | expected
 
@@ -103,7 +107,8 @@ def test_what_midpoint_logs(
     """And shows in its bar."""
     records = trained(tiny_midpoint, tmp_path / "run").read_metrics()
     for record in records:
-        assert record.keys() == {"iteration", "rate", "seconds", "distance", "student_gradient"}
+        always = {"iteration", "rate", "seconds", "distance", "student_gradient"}
+        assert record.keys() == always | {f"distance/{n}" for n in SLOTS}
     said = capsys.readouterr().err
     shown = re.findall(r"training .* (\d+)/10 .* left, distance=([\d.]+)\]", said)
     assert shown == [(str(k + 1), f"{row['distance']:.4f}") for k, row in enumerate(records)]

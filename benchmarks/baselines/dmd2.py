@@ -60,7 +60,7 @@ class Dmd2(Baseline):
         self, iteration: int, batch: Batch, generator: torch.Generator
     ) -> dict[str, float]:
         student_learns, slots = STUDENT in self.learning(iteration), self.grid.slots
-        prompts, losses = repeat(batch.conditioning, slots), Losses(1 / (slots * len(batch.noise)))
+        prompts, losses = repeat(batch.conditioning, slots), Losses(slots, len(batch.noise))
         every = 0, self.schedule.num_train_timesteps
         low, high = (LOWEST, HIGHEST + 1) if student_learns else every
         with torch.set_grad_enabled(student_learns), self.backbone.adapter(STUDENT):

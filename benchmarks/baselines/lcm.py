@@ -49,7 +49,7 @@ class Lcm(OfPictures):
         self, iteration: int, batch: Batch, generator: torch.Generator
     ) -> dict[str, float]:
         size = len(batch.noise)
-        drawn, losses = self.draw(size, generator), Losses(1 / (self.grid.slots * size))
+        drawn, losses = self.draw(size, generator), Losses(self.grid.slots, size)
         for slots in self.slot_groups():
             z, t, after, prompts = self.starts(slots, drawn)
             with torch.no_grad(), self.backbone.adapter(TEACHER):

@@ -164,7 +164,7 @@ class Pcm(OfPictures):
         self, iteration: int, batch: Batch, generator: torch.Generator
     ) -> dict[str, float]:
         (name,), size = self.learning(iteration), len(batch.noise)
-        drawn, losses = self.draw(size, generator), Losses(1 / (self.grid.slots * size))
+        drawn, losses = self.draw(size, generator), Losses(self.grid.slots, size)
         of_real, of_fake = (
             torch.randn(drawn.noise.shape, generator=generator).to(drawn.noise) for _ in range(2)
         )

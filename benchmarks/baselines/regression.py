@@ -18,7 +18,7 @@ class Regression(Baseline):
     def training_step(
         self, iteration: int, batch: Batch, generator: torch.Generator
     ) -> dict[str, float]:
-        losses = Losses(1 / (self.grid.slots * len(batch.noise)))
+        losses = Losses(self.grid.slots, len(batch.noise))
         for slots in self.slot_groups():
             start, end = (torch.cat([batch.absolute[:, n + k] for n in slots]) for k in (1, 0))
             distance = self.distance(self.student_step(slots, start, batch.conditioning), end)

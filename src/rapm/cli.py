@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rapm.commands import doctor, leave_busy_cores, plan, presets, prompts
+from rapm.commands import (
+    RunArgument,
+    doctor,
+    evaluate,
+    leave_busy_cores,
+    plan,
+    presets,
+    print_files,
+    prompts,
+    report,
+    sample,
+)
 from rapm.errors import UserError
 from rapm.options import with_settings
 from rapm.text import one_line, output
@@ -48,7 +59,6 @@ def _every_command(
 ) -> None: ...
 
 
-RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
 OutOption = Annotated[
     Path, typer.Option("--out", help="The run's folder; the same command again goes on with it.")
 ]
@@ -75,10 +85,9 @@ def _say_where_it_goes_on(run: Run) -> None:
         print(f"Goes on from {standing(run)}")
 
 
-def _print_files(run: Run) -> None:
-    from rapm.status import files_of
-
-    print("\n".join(files_of(run)))
+TrackerOption = Annotated[
+    str, typer.Option("--tracker", help="Show it in 'tensorboard' or 'wandb' besides its page.")
+]
 
 
 @contextmanager
@@ -100,17 +109,24 @@ def distill(
     force: Annotated[
         bool, typer.Option("--force", help="Begin even though disk or memory cannot suffice.")
     ] = False,
+    tracker: TrackerOption = "",
 ) -> None:
     """The whole chain: trajectories, training, export, pictures."""
     from rapm import pipeline
     from rapm.estimate import check_room, make_plan, render
+    from rapm.io import write_text
     from rapm.measure import gpus_here
     from rapm.models.resolve import teacher_of
+    from rapm.trackers import check_tracker
 
+    check_tracker(tracker)
     run = _open_run(chosen, out)
     config = run.config
     plan = make_plan(config, teacher_of(config))
-    print(render(plan, config, gpus_here()))
+    told = render(plan, config, gpus_here())
+    print(told)
+    with run.locked():
+        write_text(run.plan, f"{told}\n")
     no_gpu = config.torch_device == "cpu" and config.device == "auto"
     why = ", as torch sees no GPU (see rapm doctor)" if no_gpu else ""
     print(f"Computes on {config.torch_device}{why}")
@@ -118,9 +134,9 @@ def distill(
     if not force:
         check_room(plan, config, run.folder)
     with _told_when_stopped(run):
-        if not pipeline.distill_run(run):
+        if not pipeline.distill_run(run, tracker):
             raise KeyboardInterrupt
-    _print_files(run)
+    print_files(run)
 
 
 @app.command()
@@ -158,20 +174,24 @@ def trajectories(
 
 
 @app.command()
-def train(run: RunArgument) -> None:
+def train(run: RunArgument, tracker: TrackerOption = "") -> None:
     """Train the student of a run that has its trajectories, or go on with it."""
     from rapm import pipeline
     from rapm.export import export_run
+    from rapm.report import write_report
     from rapm.run import Run
+    from rapm.trackers import check_tracker
 
     opened = Run.existing(run)
+    check_tracker(tracker)
     _say_where_it_goes_on(opened)
     leave_busy_cores(opened.config)
     with _told_when_stopped(opened), opened.locked():
-        if not pipeline.train_run(opened):
+        if not pipeline.train_run(opened, tracker):
             raise KeyboardInterrupt
         export_run(opened)
-    _print_files(opened)
+        write_report([opened], opened.page)
+    print_files(opened)
 
 
 @app.command()
@@ -182,81 +202,10 @@ def export(run: RunArgument) -> None:
 
     opened = Run.existing(run)
     export_run(opened)
-    _print_files(opened)
+    print_files(opened)
 
 
-@app.command()
-def sample(
-    run: RunArgument,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="A prompt; repeatable. None: held-out captions, or the run's prompts."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="The student's steps; N when left out.")
-    ] = None,
-    few_steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="The teacher's steps in the second row.")
-    ] = None,
-    many_steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="The teacher's steps in the first row.")
-    ] = 100,
-    count: Annotated[int, typer.Option(min=1, max=64, help="Pictures a row.")] = 8,
-    file: Annotated[
-        Path | None, typer.Option(help="The PNG to write; in the run's samples/ when left out.")
-    ] = None,
-) -> None:
-    """Draw teacher at many steps, teacher at few steps and student, from the same seeds.
-
-    While the run trains, too; before its first checkpoint the teacher alone.
-    """
-    from rapm.run import Run
-    from rapm.sample import sample_run
-
-    if file and file.suffix.lower() != ".png":
-        raise UserError(f"--file {file}: pictures are PNG, in a file that ends in .png")
-    opened = Run.existing(run)
-    leave_busy_cores(opened.config)
-    picture = sample_run(
-        opened,
-        prompts=prompt or (),
-        seed=seed,
-        steps=steps,
-        few_steps=few_steps,
-        many_steps=many_steps,
-        count=count,
-        file=file,
-    )
-    print(f"Picture: {picture}")
-
-
-@app.command()
-def evaluate(
-    run: RunArgument,
-    split: Annotated[
-        str, typer.Option(help="Held-out captions: 'test' to report, 'validation' to tune on.")
-    ] = "test",
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 when the student misses a threshold.")
-    ] = False,
-) -> None:
-    """Score the student of a toy run beside its teacher; writes scores.json."""
-    from rapm import pipeline
-    from rapm.run import Run
-
-    if split not in ("test", "validation"):
-        raise UserError(f"--split is 'test' or 'validation', not '{split}'")
-    opened = Run.existing(run)
-    leave_busy_cores(opened.config)
-    tables, reached = pipeline.evaluate_run(opened, split)
-    print("\n".join(tables))
-    _print_files(opened)
-    if check and not reached:
-        raise typer.Exit(1)
-
-
-for _command in (plan, presets, doctor, prompts):
+for _command in (sample, evaluate, report, plan, presets, doctor, prompts):
     app.command()(_command)
 
 

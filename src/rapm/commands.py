@@ -1,14 +1,20 @@
-"""Commands about no run: what one would cost, what this machine has, what is shipped."""
+"""Commands that train nothing: what a run came to, what one would cost, what there is here."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rapm.errors import UserError
 from rapm.options import with_settings
+from rapm.text import is_unicode
+
+if TYPE_CHECKING:
+    from rapm.run import Run
+
+RunArgument = Annotated[Path, typer.Argument(help="The run's folder.")]
 
 
 def leave_busy_cores(config: Any) -> None:
@@ -17,6 +23,111 @@ def leave_busy_cores(config: Any) -> None:
 
     if config.torch_device == "cpu" and (chosen := threads_for_idle_cores()):
         print(chosen)
+
+
+def print_files(run: Run) -> None:
+    """Where pictures, LoRA files and page are."""
+    from rapm.status import files_of
+
+    print("\n".join(files_of(run)))
+
+
+# ---- what a run came to
+
+
+def sample(
+    run: RunArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt; repeatable. None: held-out captions, or the run's prompts."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="The student's steps; N when left out.")
+    ] = None,
+    few_steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="The teacher's steps in the second row.")
+    ] = None,
+    many_steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="The teacher's steps in the first row.")
+    ] = 100,
+    count: Annotated[int, typer.Option(min=1, max=64, help="Pictures a row.")] = 8,
+    file: Annotated[
+        Path | None, typer.Option(help="The PNG to write; in the run's samples/ when left out.")
+    ] = None,
+) -> None:
+    """Draw teacher at many steps, teacher at few steps and student, from the same seeds.
+
+    While the run trains, too; before its first checkpoint the teacher alone.
+    """
+    from rapm.run import Run
+    from rapm.sample import sample_run
+
+    for text in prompt or ():
+        if not is_unicode(text):
+            raise UserError(f"--prompt is not UTF-8 text (given: {text!r})")
+    if file and file.suffix.lower() != ".png":
+        raise UserError(f"--file {file}: pictures are PNG, in a file that ends in .png")
+    opened = Run.existing(run)
+    leave_busy_cores(opened.config)
+    picture = sample_run(
+        opened,
+        prompts=prompt or (),
+        seed=seed,
+        steps=steps,
+        few_steps=few_steps,
+        many_steps=many_steps,
+        count=count,
+        file=file,
+    )
+    print(f"Picture: {picture}")
+
+
+def evaluate(
+    run: RunArgument,
+    split: Annotated[
+        str, typer.Option(help="Held-out captions: 'test' to report, 'validation' to tune on.")
+    ] = "test",
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 when the student misses a threshold.")
+    ] = False,
+) -> None:
+    """Score the student of a toy run beside its teacher; writes scores.json."""
+    from rapm.report import write_report
+    from rapm.run import Run
+    from rapm.scores import evaluate_run
+
+    if split not in ("test", "validation"):
+        raise UserError(f"--split is 'test' or 'validation', not '{split}'")
+    opened = Run.existing(run)
+    leave_busy_cores(opened.config)
+    tables, reached = evaluate_run(opened, split)
+    print("\n".join(tables))
+    write_report([opened], opened.page)
+    print_files(opened)
+    if check and not reached:
+        raise typer.Exit(1)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; a single run's report.html when left out.")
+    ] = None,
+) -> None:
+    """Write a page about a run, or about several side by side: one file, nothing outside it."""
+    from rapm.report import write_report
+    from rapm.run import Run
+
+    opened = [Run.existing(run) for run in runs]
+    if out is None and len(opened) > 1:
+        raise UserError("several runs: name the HTML file to write with --out")
+    if out and out.suffix.lower() != ".html":
+        raise UserError(f"--out {out}: a page is HTML, in a file that ends in .html")
+    print(f"Page: {write_report(opened, out or opened[0].page)}")
+
+
+# ---- about no run
 
 
 @with_settings

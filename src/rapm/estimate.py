@@ -26,8 +26,8 @@ from rapm.errors import UserError
 from rapm.methods import METHODS, Batch, Method
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import TEACHER, Backbone
-from rapm.pictures import TEACHER_STEPS
 from rapm.sample import MANY_STEPS, PICTURES
+from rapm.samples import many_steps
 from rapm.sampling import Conditioning, guided, seeded
 from rapm.trajectories import Trajectory
 
@@ -181,14 +181,16 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
 
 def _picture_passes(config: Config, decoding: float) -> float:
     """Of those drawn while it trains and of the last ones, decoding among them; a student's pass is
-    half of a guided one."""
+    half of a guided one. One prompt's trajectory is decoded whole."""
     samples, slots = config.samples, config.trajectories.slots
     plain = 0.5 if config.trajectories.guidance_scale > 1 else 1.0
     every = samples.every or math.ceil(config.training.iterations / 20)
     rows = math.ceil(config.training.iterations / every) + 1
-    meanwhile = TEACHER_STEPS + decoding + rows * (slots * plain + decoding)
+    teachers = many_steps(slots) + slots + 2 * decoding
+    meanwhile = teachers + rows * (slots * plain + decoding)
+    paths = (1 + rows) * slots * decoding if samples.count else 0.0
     last = MANY_STEPS + slots + slots * plain + 3 * decoding
-    return samples.count * meanwhile + PICTURES * last
+    return samples.count * meanwhile + paths + PICTURES * last
 
 
 def _other_stages(

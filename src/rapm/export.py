@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from rapm import settings
-from rapm.io import complete_or_absent_folder, save_tensors, with_prefix, write_text
+from rapm.io import files_together, save_tensors, with_prefix, write_text
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT
 from rapm.prompts import is_hub
 from rapm.run import Run
 from rapm.sample import open_sampler
-from rapm.text import code_block, code_span
+from rapm.text import code_block, code_cell, code_span
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -45,7 +45,7 @@ in: sample without guidance. {words}
 | file | for |
 |---|---|
 | `{diffusers_file}` | diffusers 0.30 and newer; other programs load a part of it and say nothing |
-| {kohya_file} | ComfyUI, Forge, A1111, SD.Next, InvokeAI and kohya's scripts |
+| {kohya_cell} | ComfyUI, Forge, A1111, SD.Next, InvokeAI and kohya's scripts |
 
 Both hold the same LoRA. Its strength is 1.0.
 
@@ -104,7 +104,7 @@ def export_run(run: Run) -> Exported:
         teacher, backbone, steps = sampler.teacher, sampler.backbone, config.trajectories.slots
         files, part = exported(run), teacher.family.network
         state, names = backbone.lora_state(STUDENT), teacher.family.lora_names(backbone.network)[0]
-        with complete_or_absent_folder(run.export) as folder:
+        with files_together(run.export) as folder:
             # Without peft's settings as metadata, which other versions of it refuse. diffusers
             # takes alpha for the rank then, and so it is.
             save_tensors(folder / DIFFUSERS_FILE, with_prefix(part, state), {"format": "pt"})
@@ -142,6 +142,7 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         guidance_scale=config.trajectories.guidance_scale,
         version=version("rapm"),
         kohya_file=code_span(kohya_file),
+        kohya_cell=code_cell(kohya_file),
         diffusers_file=DIFFUSERS_FILE,
         settings=code_block(
             settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"

@@ -85,30 +85,29 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def complete_or_absent_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder of files that belong together; what stood there before is replaced once
-    the new one is whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    old = path.with_name(f".{path.name}.old.partial")
-    with _told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+def files_together(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder for files that belong together; on success they are moved into
+    ``folder``, which may be a link, and on failure nothing is. What else is there stays."""
+    temporary = folder / ".files.partial"
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
-            for file in (*temporary.rglob("*"), temporary):
+            made = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
+            for file in made:
                 sync(file)
-            if path.exists():
-                path.replace(old)
-            temporary.replace(path)
-        except BaseException:
+            for file in made:
+                place = folder / file.relative_to(temporary)
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
+            for each in {folder, *(folder / file.relative_to(temporary) for file in made)}:
+                sync(each if each.is_dir() else each.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            if old.exists() and not path.exists():
-                old.replace(path)
-            raise
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # that is still empty
+                folder.rmdir()
 
 
 def is_leftover(path: Path) -> bool:
@@ -117,14 +116,10 @@ def is_leftover(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Deletes what killed writes left in a folder; nobody else may be writing there. A folder that
-    was about to be replaced, and was not, comes back."""
+    """Deletes what killed writes left in a folder; nobody else may be writing there."""
     for path in filter(is_leftover, list(folder.iterdir()) if folder.is_dir() else ()):
-        whole = path.with_name(path.name[1:].removesuffix(".old.partial"))
         with suppress(OSError):  # Windows deletes nothing that another program has open
-            if path.name.endswith(".old.partial") and not whole.exists():
-                path.replace(whole)
-            elif path.is_dir():
+            if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()

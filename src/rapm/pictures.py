@@ -1,32 +1,30 @@
-"""Pictures: image grids, rows drawn while training, and what the trajectories look like."""
+"""Pictures: image grids, and what the trajectories look like."""
 
 from __future__ import annotations
 
 import json
-import warnings
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.Image import DecompressionBombError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rapm.errors import UserError
 from rapm.io import complete_or_absent
-from rapm.memory import is_out_of_memory, within_memory
-from rapm.methods import Method
+from rapm.memory import within_memory
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher
-from rapm.network import STUDENT, TEACHER
 from rapm.run import Run
-from rapm.sampling import guided, picture_noise, sample
 from rapm.trajectories import Trajectory, TrajectoryStore
 
-TEACHER_STEPS = 20
+FEW_STEP_GUIDANCE = 3.0  # at most, as high guidance breaks pictures of few steps; docs/toy.md
 GAP, TITLE, CAPTION = 4, 22, 12  # pixels
+MOST_PIXELS = 64 << 20  # of a sheet; programs refuse to open much larger ones
 Row = tuple[str, Sequence[Image.Image]]
 
 
@@ -36,6 +34,11 @@ def to_pictures(images: Tensor, min_side: int = 0) -> list[Image.Image]:
     scale = max(1, min_side // images.shape[-1])
     size = images.shape[-1] * scale, images.shape[-2] * scale
     return [Image.fromarray(v).resize(size, Image.Resampling.NEAREST) for v in values]
+
+
+def scaled(picture: Image.Image, scale: float) -> Image.Image:
+    width, height = (max(1, int(side * scale)) for side in picture.size)
+    return picture.resize((width, height))
 
 
 def image_grid(
@@ -51,6 +54,10 @@ def image_grid(
         captions: of the columns, below the last row.
         facts: what made it, as JSON, for :func:`facts_of_picture`.
     """
+    pixels = sum(picture.width * picture.height for _, pictures in rows for picture in pictures)
+    if pixels > MOST_PIXELS:
+        scale = math.sqrt(MOST_PIXELS / pixels)
+        rows = [(title, [scaled(picture, scale) for picture in row]) for title, row in rows]
     sizes = [picture.size for _, pictures in rows for picture in pictures]
     width, height = (max(size[k] for size in sizes) for k in (0, 1))
     columns = max(len(pictures) for _, pictures in rows)
@@ -96,79 +103,8 @@ def facts_of_picture(file: Path) -> Any:
     try:
         with Image.open(file, formats=["PNG"]) as picture:
             return json.loads(picture.info["rapm"])
-    except (OSError, ValueError, KeyError, SyntaxError):
+    except (OSError, ValueError, KeyError, SyntaxError, RecursionError, DecompressionBombError):
         return None
-
-
-class TrainingSamples:
-    """Draws the same prompts and seeds again and again while a run trains.
-
-    Each row is ``samples/iteration-*.png``; all of them, with the teacher above, are one strip,
-    ``samples/iterations.png``: the paper's Figure 3. Prompts are the trajectories' first ones,
-    which are encoded already; noise is new. The VAE is loaded for the moment. Too little memory is
-    said once, and training goes on without pictures.
-    """
-
-    def __init__(self, run: Run, teacher: Teacher, method: Method, store: TrajectoryStore) -> None:
-        self.run, self.teacher, self.method, self.store = run, teacher, method, store
-        self.count = min(run.config.samples.count, len(store.prompts))
-        # Where sizes differ, those of the first one's: pictures of one strip are alike.
-        self.rows = [store[k] for k in range(len(store.prompts))] if self.count else []
-        shape = self.rows[0].absolute.shape[1:] if self.rows else ()
-        self.rows = [row for row in self.rows if row.absolute.shape[1:] == shape][: self.count]
-
-    def __call__(self, iteration: int) -> None:
-        if not self.rows:
-            return
-        folder = self.run.samples
-        try:
-            if iteration == 0:  # an attempt that got to no checkpoint may have left some
-                for file in (folder / "teacher.png", *folder.glob("iteration-*.png")):
-                    file.unlink(missing_ok=True)
-            if not (folder / "teacher.png").is_file():
-                save(self._row(TEACHER, TEACHER_STEPS), folder / "teacher.png")
-            with self.method.student.averaged():
-                row = self._row(STUDENT, self.method.grid.slots)
-            save(row, folder / f"iteration-{iteration:08d}.png")
-            self._strip(iteration)
-        except (RuntimeError, OSError) as error:
-            if not (is_out_of_memory(error) or isinstance(error, OSError)):
-                raise
-            warnings.warn(f"no pictures while training: {error}", stacklevel=2)
-            self.rows = []
-
-    @torch.no_grad()
-    def _row(self, adapter: str, num_steps: int) -> Image.Image:
-        backbone, trajectories = self.method.backbone, self.run.config.trajectories
-        denoiser: Any = backbone
-        if adapter == TEACHER:
-            denoiser = guided(backbone, self.store.unconditional, trajectories.guidance_scale)
-        latents, size = [], trajectories.batch_size
-        with backbone.adapter(adapter):
-            for first in range(0, len(self.rows), size):
-                rows = self.rows[first : first + size]
-                seeds = range(first, first + len(rows))
-                z = torch.stack([picture_noise(k, rows[0].absolute.shape[1:]) for k in seeds])
-                prompts = {
-                    name: torch.stack([row.conditioning[name] for row in rows])
-                    for name in rows[0].conditioning
-                }
-                z = z.to(backbone.device)
-                latents.append(sample(denoiser, self.teacher.schedule, z, prompts, num_steps))
-        images = decode(self.teacher, torch.cat(latents), backbone.dtype, backbone.device)
-        return Image.fromarray(np.hstack([np.asarray(p) for p in to_pictures(images, 64)]))
-
-    def _strip(self, iteration: int) -> None:
-        """Rows of earlier iterations that the run has not gone back beyond."""
-        folder = self.run.samples
-        made = sorted((int(f.stem.split("-")[1]), f) for f in folder.glob("iteration-*.png"))
-        titled = [(f"teacher, {TEACHER_STEPS} steps", folder / "teacher.png")]
-        titled += [(f"{k:,} iterations", file) for k, file in made if k <= iteration]
-        rows: list[Row] = []
-        for title, file in titled:
-            with Image.open(file) as picture:
-                rows.append((title, [picture.copy()]))
-        image_grid(rows, folder / "iterations.png")
 
 
 def decode(teacher: Teacher, z: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +19,26 @@ from rapm import settings
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.export import export_run
-from rapm.io import write_json
 from rapm.memory import within_memory
 from rapm.methods import METHODS
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, load_backbone, move
 from rapm.network import TEACHER
-from rapm.pictures import TrainingSamples, decode
+from rapm.pictures import decode
 from rapm.presets import check_preset
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.quiet import quiet_libraries
+from rapm.report import write_report
 from rapm.rollout import Contents, make_store, rollout
 from rapm.run import Run
-from rapm.sample import newest_checkpoint, open_sampler, sample_run
+from rapm.sample import sample_run
+from rapm.samples import TrainingSamples
 from rapm.sampling import Conditioning, guided
+from rapm.scores import quick_scores
+from rapm.trackers import check_tracker, open_tracker
 from rapm.train import train
 from rapm.trajectories import TrajectoryStore, check_facts
-from rapm.versions import versions
+from rapm.watch import Watch
 
 
 def distill(
@@ -52,6 +53,7 @@ def distill(
     config: str | Path | None = None,
     preset: str | None = None,
     set: Sequence[str] = (),
+    tracker: str = "",
 ) -> Run | None:
     """The whole chain. Call it again to go on where it stopped.
 
@@ -66,6 +68,7 @@ def distill(
         config: TOML file.
         preset: a shipped configuration.
         set: ``section.key=value`` each.
+        tracker: "tensorboard" or "wandb", to show the run in besides its own page.
 
     Returns:
         The run; None when the user stopped it half-way.
@@ -90,17 +93,19 @@ def distill(
     )
     with quiet_libraries():
         run = open_run(chosen, Path(out), preset)
-        return run if distill_run(run) else None
+        return run if distill_run(run, tracker) else None
 
 
-def distill_run(run: Run) -> bool:
+def distill_run(run: Run, tracker: str = "") -> bool:
     """:func:`distill` with its run already open. Returns False when the user stopped it."""
+    check_tracker(tracker)
     with run.locked():
         make_trajectories(run)
-        if not train_run(run):
+        if not train_run(run, tracker):
             return False
         export_run(run)
         sample_run(run)
+        write_report([run], run.page)
     return True
 
 
@@ -242,8 +247,11 @@ def _encode(
 # ---- training
 
 
-def train_run(run: Run) -> bool:
+def train_run(run: Run, tracker: str = "") -> bool:
     """Trains the student to the run's last iteration. Returns False when the user stopped it.
+
+    Args:
+        tracker: see :func:`distill`.
 
     Raises:
         UserError: there are no trajectories, they are another teacher's, memory does not suffice,
@@ -258,36 +266,11 @@ def train_run(run: Run) -> bool:
     with within_memory(config, "training"):
         backbone = load_backbone(teacher, config, config.torch_device)
         method = METHODS[config.method](config, backbone, teacher.schedule, store)
-        return train(run, method, store, TrainingSamples(run, teacher, method, store))
-
-
-# ---- scores
-
-
-def evaluate_run(run: Run, split: Literal["test", "validation"] = "test") -> tuple[list[str], bool]:
-    """Scores a run of the toy teacher and writes ``scores.json``; once for a checkpoint.
-
-    Returns:
-        Tables of scores and thresholds, and whether the student reaches all of these.
-    """
-    from rapm.evaluate import toy
-
-    if teacher_of(run.config).captions is None:
-        raise UserError("only the toy teacher has an oracle to be scored with, as yet")
-    file = run.scores if split == "test" else run.folder / f"scores-{split}.json"
-    checkpoint = newest_checkpoint(run)
-    rows = toy.scored(file, checkpoint)
-    if rows is None:
-        rows = toy.score(open_sampler(run), split, run.config.trajectories.slots)
-        scores = {
-            "method": run.config.method,
-            "rows": [asdict(row) for row in rows],
-            "split": split,
-            "checkpoint": checkpoint,
-            "command": " ".join(["rapm", *sys.argv[1:]]),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-        }
-        write_json(file, scores)
-    thresholds, reached = toy.against_thresholds(rows, run.config.method)
-    return [*toy.render(rows), "", *thresholds, "", f"Scores: {file}"], reached
+        scores = quick_scores(run, teacher, method) if config.evaluate.every else None
+        trackers = [open_tracker(tracker, run)] if tracker else []
+        watch = Watch(run, TrainingSamples(run, teacher, method, store), scores, trackers)
+        try:
+            return train(run, method, store, watch)
+        finally:
+            for each in trackers:
+                each.close()

@@ -31,6 +31,11 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         self.disable = True  # without tqdm's last, empty line
 
 
+def say(text: str) -> None:
+    """A line on the error stream, above a bar that may be there."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def track(
     items: Iterable[T] | None, description: str, *, total: int | None = None, initial: int = 0
 ) -> tqdm[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rapm.errors import UserError
 from rapm.prompt_files import READERS, Row, hub_rows, read_text
+from rapm.text import is_unicode
 
 HUB = "hub:"
 
@@ -70,6 +72,9 @@ def read_prompts(source: str | Path) -> PromptList:
     return PromptList(once, len(every) - len(once))
 
 
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff]")
+
+
 def _prompt(row: Row) -> Prompt:
     """
     Raises:
@@ -80,8 +85,13 @@ def _prompt(row: Row) -> Prompt:
     text = " ".join(line.strip() for line in (row.text or "").splitlines()).strip()
     if not text:
         raise UserError(f"{row.where}: {row.name} is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not is_unicode(text):
         raise UserError(f"{row.where}: {row.name} holds half a character (a lone surrogate)")
+    if _CONTROL.search(text):
+        raise UserError(
+            f"{row.where}: {row.name} holds control characters; is the file UTF-16? Save it as "
+            f"UTF-8 (given: {text[:80]!r})"
+        )
     try:
         seed = _seed(row.seed)
         if seed is not None and not -(2**63) <= seed < 2**63:

@@ -1,14 +1,14 @@
 """The folder of a run: its configuration, metrics and checkpoints, and the rules for going on with
 it.
 
-``config.toml trajectories/ checkpoints/ samples/ metrics.jsonl export/ scores.json``
+``config.toml plan.txt trajectories/ metrics.jsonl checkpoints/ samples/ samples.jsonl report.html
+export/ scores.json``
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,18 @@ from rapm.errors import UserError
 from rapm.io import (
     Damaged,
     NoFile,
-    append_line,
     is_leftover,
     load_checked,
     load_made,
     read,
     save_checked,
+    sha256,
     sweep,
     sync,
     write_text,
 )
+from rapm.records import append_record, forget_from, read_records
+from rapm.text import is_unicode
 from rapm.trajectories import read_manifest
 from rapm.versions import versions
 
@@ -50,8 +52,12 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
         self.metrics = folder / "metrics.jsonl"
+        self.measures = folder / "samples.jsonl"
         self.export = folder / "export"
         self.scores = folder / "scores.json"
+        self.plan = folder / "plan.txt"
+        self.page = folder / "report.html"
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # of what is logged
         self._lock = FileLock(folder / ".lock", timeout=0)
         self._settings_are_new = False  # to be written once the folder is locked
 
@@ -64,6 +70,8 @@ class Run:
             UserError: the folder holds a run that was trained with settings that compute another
                 result, or is no run at all; or another process is at it.
         """
+        if not is_unicode(str(folder)):
+            raise UserError(f"the name of {folder} is not UTF-8 text; choose another --out")
         if not (folder / "config.toml").is_file() and (
             folder.is_file() or (folder.is_dir() and any(map(_is_foreign, folder.iterdir())))
         ):
@@ -159,9 +167,24 @@ class Run:
         return self.checkpoints / f"step-{step:08d}.safetensors"
 
     def checkpoint_steps(self) -> list[int]:
-        names = (file.name for file in self.checkpoints.glob("step-*.safetensors"))
+        """Of all checkpoints there are.
+
+        Raises:
+            UserError: their folder cannot be looked into.
+        """
+        try:
+            names = [file.name for file in self.checkpoints.iterdir() if file.is_file()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.checkpoints} cannot be read: {error.strerror}") from None
         found = (re.fullmatch(r"step-(\d{8,})\.safetensors", name) for name in names)
         return sorted(int(match[1]) for match in found if match)  # others are somebody's copies
+
+    def newest_checkpoint(self) -> tuple[int, str]:
+        """Its step and a digest; (0, "") where there is none."""
+        step = max(self.checkpoint_steps(), default=0)
+        return step, sha256(self._checkpoint(step)) if step else ""
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a checkpoint, then deletes those beyond ``keep_checkpoints``.
@@ -192,16 +215,18 @@ class Run:
             with suppress(OSError):
                 self._checkpoint(old).unlink()
 
-    def load_checkpoint(self) -> tuple[int, dict[str, Tensor]]:
-        """The newest checkpoint and its step; (0, {}) when there is none.
+    def load_checkpoint(self, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
+        """The newest checkpoint and its step, or another one's; (0, {}) when there is none.
 
         Raises:
-            UserError: it is damaged, or it was trained with settings that compute another result
-                than this run's, or on other trajectories.
+            UserError: it is damaged or gone, or it was trained with settings that compute another
+                result than this run's, or on other trajectories.
         """
-        steps = self.checkpoint_steps()
+        steps = [k for k in self.checkpoint_steps() if step is None or k <= step]
         if not steps:
             return 0, {}
+        if step is not None and steps[-1] != step:
+            raise UserError(f"the checkpoint of iteration {step:,} is gone; run this again")
         self._check_made(steps)
         with _older_one_offered(steps):
             _, tensors = load_checked(self._checkpoint(steps[-1]))
@@ -239,39 +264,25 @@ class Run:
     # ---- metrics
 
     def log(self, record: Mapping[str, Any]) -> None:
-        append_line(self.metrics, json.dumps(record))
+        append_record(self.metrics, record)
+        for listener in self.listeners:
+            listener(record)
+
+    def log_sample(self, record: Mapping[str, Any]) -> None:
+        append_record(self.measures, record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """
-        Raises:
-            UserError: a line is no record.
-        """
-        try:
-            lines = read(self.metrics).split(b"\n")[:-1]  # a kill may have cut the last line
-        except NoFile:
-            return []
-        records: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                if record["iteration"] <= (records[-1]["iteration"] if records else -1):
-                    raise ValueError
-                records.append(record)
-            except (ValueError, LookupError, TypeError, RecursionError):
-                raise UserError(
-                    f"{self.metrics} is damaged: line {number} is no record of an iteration after "
-                    "those before it; delete that line, or the file: nothing is computed from it"
-                ) from None
-        return records
+        """A record for each iteration; raises UserError where a line is none."""
+        return read_records(self.metrics)
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        """The same for each time of samples; its ``iteration`` is how many were done."""
+        return read_records(self.measures)
 
     def forget_metrics_from(self, step: int) -> None:
         """Drops what was logged at or after ``step``: it is about to be computed again."""
-        kept = [
-            json.dumps(record) + "\n"
-            for record in self.read_metrics()
-            if record["iteration"] < step
-        ]
-        write_text(self.metrics, "".join(kept))
+        for file in (self.metrics, self.measures):
+            forget_from(file, step)
 
 
 @contextmanager

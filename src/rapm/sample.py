@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.io import sha256, under_prefix
+from rapm.io import under_prefix
 from rapm.memory import within_memory
 from rapm.models.resolve import teacher_of
 from rapm.models.teacher import Teacher, move
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.optim import learnt_weights
-from rapm.pictures import facts_of_picture, image_grid, to_pictures
+from rapm.pictures import FEW_STEP_GUIDANCE, facts_of_picture, image_grid, to_pictures
 from rapm.progress import track
 from rapm.prompts import read_prompts
 from rapm.run import Run
@@ -28,7 +28,6 @@ from rapm.sampling import Conditioning, guided, picture_noise, sample
 from rapm.trajectories import check_facts, stored_prompts
 
 MANY_STEPS, PICTURES = 100, 8
-FEW_STEP_GUIDANCE = 3.0  # the toy teacher's best at 4 steps; docs/toy.md
 
 
 class Sampler:
@@ -141,14 +140,17 @@ class Sampler:
         return self.teacher.family.decode(self._vae, latents)
 
 
-def open_sampler(run: Run, *, student: bool = True) -> Sampler:
+def open_sampler(run: Run, *, student: bool = True, step: int | None = None) -> Sampler:
     """Loads what a run's pictures take: its teacher's network and, unless told not to, its student.
+
+    Args:
+        step: of the student's checkpoint; the newest when left out.
 
     Raises:
         UserError: the run's teacher is gone or another than it was, or the run has no checkpoint.
     """
     config, own = run.config, run.config.trajectories
-    step, state = run.load_checkpoint() if student else (0, {})
+    step, state = run.load_checkpoint(step) if student else (0, {})
     if student and not step:
         raise UserError(
             f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'"
@@ -204,7 +206,8 @@ def sample_run(
     config = run.config
     steps, scale = steps or config.trajectories.slots, config.trajectories.guidance_scale
     few_steps = few_steps or steps
-    iteration, iterations = max(run.checkpoint_steps(), default=0), config.training.iterations
+    # A run that trains may write another one meanwhile: this one is named, and drawn.
+    (iteration, checkpoint), iterations = run.newest_checkpoint(), config.training.iterations
     teacher = teacher_of(config)
     texts = list(prompts) or _own_prompts(run, teacher, count)
     texts = [texts[i % len(texts)] for i in range(count)]
@@ -218,7 +221,7 @@ def sample_run(
         "teacher": [teacher.fingerprint, config.trajectories.negative_prompt],
         "size": config.trajectories.size,
         "precision": config.precision,
-        "checkpoint": newest_checkpoint(run),
+        "checkpoint": checkpoint,
     }
     name = _slug(prompts) + f"seed-{seed}-steps-{steps}"
     if iteration < iterations:
@@ -231,7 +234,7 @@ def sample_run(
     if file.exists():
         return file
     with within_memory(config, "pictures"):
-        sampler = open_sampler(run, student=iteration > 0)
+        sampler = open_sampler(run, student=iteration > 0, step=iteration)
         batches, drawn = -(-count // sampler.batch_size), []
         with sampler.watched("pictures", batches * sum(n for _, _, n, _ in rows)):
             for model, adapter, n, guidance in rows:
@@ -245,12 +248,6 @@ def sample_run(
                 drawn.append((title, to_pictures(images, 128)))
     image_grid(drawn, file, captions=texts, facts=facts)
     return file
-
-
-def newest_checkpoint(run: Run) -> str:
-    """A digest of it; empty where there is none."""
-    files = sorted(run.checkpoints.glob("step-*.safetensors"))
-    return sha256(files[-1]) if files else ""
 
 
 def _slug(prompts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ from rapm.errors import UserError
 from rapm.io import NoFile, read
 from rapm.presets import CONFIGS, presets
 from rapm.prompts import is_hub
+from rapm.text import is_unicode
 
 SECTIONS = {key.partition(".")[0] for key in keys(Config) if "." in key}
 
-# These change how fast a run goes, what it costs or what it leaves behind, and what it computes by
-# no more than rounding.
+# These change what a run costs and leaves behind, and what it computes by no more than rounding.
 _FREE_ON_RESUME = {
     "device",
     "trajectories.batch_size",
@@ -32,9 +33,9 @@ _FREE_ON_RESUME = {
     "training.compile",
     "samples.every",
     "samples.count",
+    "evaluate.every",
 }
-# Where things lie. What they are is held against the fingerprints that trajectories carry, so files
-# may move.
+# Where things lie. What they are, trajectories' fingerprints say, so files may move.
 _PLACES = {"teacher", "teacher_config", "teacher_loras", "trajectories.prompts"}
 
 
@@ -134,6 +135,9 @@ def parse(table: Mapping[str, Any], origin: str) -> Config:
             whose table it was.
     """
     try:
+        for key, value in flatten(table).items():
+            if isinstance(value, str) and not is_unicode(value):
+                raise UserError(f"{origin}: {key} is not UTF-8 text (given: {value!r})")
         try:
             return Config.model_validate(table)
         except ValidationError as error:
@@ -287,7 +291,10 @@ def _setting(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text!r}: write KEY=VALUE, for instance training.iterations=100")
     parsed: Any
     try:
-        parsed = _toml(f"value = {value}", "")["value"]
+        table = _toml(f"value = {value}", "")
+        parsed = table["value"]
+        if len(table) > 1 or re.match("[+-]?0[xob]", value.strip()):  # more lines, and 0x0 pixels
+            raise UserError("no value")
     except UserError:
         parsed = value.strip()
     return _nested(key.strip(), parsed)

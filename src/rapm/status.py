@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from rapm.config import Config
 from rapm.export import exported
 from rapm.models.resolve import teacher_of
@@ -32,12 +37,28 @@ def standing(run: Run) -> str:
 
 
 def files_of(run: Run) -> list[str]:
-    """A line for each LoRA and picture that the run has."""
+    """A line for each LoRA, page and picture that the run has."""
     lines = []
-    if run.export.is_dir():
-        files = exported(run)
+    files = exported(run)
+    if files.diffusers.is_file():
         lines += [f"LoRA for diffusers: {files.diffusers}"]
         lines += [f"LoRA for ComfyUI, Forge and A1111: {files.kohya}"]
+    if run.page.is_file():
+        lines += [f"Page: {run.page}"]
     pictures = sorted(run.samples.glob("*.png"))
-    # Each "iteration-" is one row of iterations.png.
-    return lines + [f"Picture: {p}" for p in pictures if not p.name.startswith("iteration-")]
+    # Rows of iterations.png, and what the page alone shows.
+    rows = ("iteration-", "teacher", "trajectory-")
+    return lines + [f"Picture: {p}" for p in pictures if not p.name.startswith(rows)]
+
+
+def training_seconds(records: Iterable[Mapping[str, Any]]) -> float:
+    """What iterations took, by their metrics: of each kind the median times its number.
+
+    So neither a pause nor pictures between two iterations count, nor a clock that began again.
+    """
+    kinds: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    before = 0.0
+    for record in records:
+        kinds[tuple(record)].append(record["seconds"] - before)
+        before = record["seconds"]
+    return sum(len(taken) * statistics.median_low(taken) for taken in kinds.values())

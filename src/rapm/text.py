@@ -12,13 +12,22 @@ from typing import Any
 
 
 def one_line(text: str) -> str:
-    """With whatever would move a cursor, break a line or turn the direction of writing escaped."""
+    """With whatever would move a cursor, break a line or turn the direction of writing escaped, as
+    TOML and JSON write it too."""
     # Control, format, lone surrogate, separator of lines and of paragraphs.
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden else c
-        for c in text
-    )
+    return "".join(_escaped(c) if unicodedata.category(c) in hidden else c for c in text)
+
+
+def _escaped(letter: str) -> str:
+    number = ord(letter)
+    plain = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return plain.get(letter) or (f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written; what was no UTF-8 on a command line or in JSON cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def code_span(text: str) -> str:
@@ -27,6 +36,11 @@ def code_span(text: str) -> str:
     fence = "`" * (_longest_fence(text) + 1)
     padding = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def code_cell(text: str) -> str:
+    """As code within a table's cell, where a bar would begin the next one."""
+    return code_span(text).replace("|", "\\|")
 
 
 def code_block(text: str, language: str) -> str:
@@ -76,6 +90,9 @@ class _Output:
 @contextmanager
 def output() -> Iterator[None]:
     """Makes what a command prints safe to show and free to fail, while it runs."""
+    for name in ("stdout", "stderr"):  # closed by whoever started this, cron for one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the program)
     # Progress bars move the cursor of the error stream.
     out, err = _Output(sys.stdout, escaped=True), _Output(sys.stderr, escaped=False)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]

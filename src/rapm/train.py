@@ -34,8 +34,8 @@ def train(
     """Trains a run's student from its newest checkpoint to its last iteration.
 
     Args:
-        sample: draws pictures; called before the first iteration, every ``samples.every`` and
-            after the last, with the number of iterations done.
+        sample: draws pictures and takes scores; called with the number of iterations done, before
+            the first, every ``samples.every`` and ``evaluate.every``, and after the last.
 
     Returns:
         Whether it was finished; False when the user stopped it, after a checkpoint was written.
@@ -53,14 +53,16 @@ def train(
         compile_blocks(method.backbone)
     dry_run(method, store)
     run.forget_metrics_from(first)
-    every = config.samples.every or math.ceil(settings.iterations / 20)
+
+    def due(done: int) -> bool:
+        return config.samples_due(done) or config.scores_due(done)
 
     def save(step: int) -> None:
         learners = method.learners.items()
         parts = [with_prefix(name, learner.state()) for name, learner in learners]
         run.save_checkpoint(step, {name: value for part in parts for name, value in part.items()})
 
-    if first % every == 0:  # a kill may have come between a checkpoint and its pictures
+    if due(first):  # a kill may have come between a checkpoint and its pictures
         sample(first)
     started = saved = time.monotonic()
     numbers = range(first, settings.iterations)
@@ -87,7 +89,7 @@ def train(
                 saved = time.monotonic()
             if stop and not last:
                 return False
-            if last or done % every == 0:
+            if due(done):
                 sample(done)
     return True
 

@@ -154,7 +154,10 @@ def stored_prompts(folder: Path) -> list[Prompt]:
     except NoFile:
         return []
     try:
-        return [Prompt(**row) for row in json.loads(data)]
+        prompts = [Prompt(**row) for row in json.loads(data)]
+        if not all(isinstance(p.text, str) and type(p.seed) in (int, type(None)) for p in prompts):
+            raise ValueError
+        return prompts
     except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"{folder / PROMPTS} is damaged; delete {MANIFEST} beside it and run 'rapm "

@@ -1,6 +1,6 @@
 """Writes docs/settings.md, the reference of settings: ``python tools/docs/settings_page.py``.
 
-All of it is read off ``src/rapm/config.py``; a test holds the page to it.
+All of it is read off ``src/rapm/config.py`` and ``sections.py``; a test holds the page to it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 import tomli_w
 from pydantic.fields import FieldInfo
 
-from rapm.config import Config, Section, unread
+from rapm.config import Config, unread
+from rapm.sections import Section
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings
@@ -30,7 +31,7 @@ iterations = 2000
 The order is: defaults, what suits the method (`src/rapm/configs/methods/`), the preset
 (`rapm presets` lists them), the file, `--set`; the last one counts. A run keeps what it took in
 its `config.toml`. `python tools/docs/settings_page.py` writes this page from
-`src/rapm/config.py`.
+`src/rapm/sections.py`.
 """
 
 

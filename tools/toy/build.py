@@ -28,7 +28,7 @@ from fit import Stage, fit
 from rapm.doctor import cpu_has_bfloat16
 from rapm.io import (
     complete_or_absent,
-    complete_or_absent_folder,
+    files_together,
     load_tensors,
     save_tensors,
     write_json,
@@ -68,7 +68,7 @@ def _fit(
 
 
 def _save(model: AutoencoderKL | CLIPTextModel | UNet2DConditionModel, target: Path) -> None:
-    with complete_or_absent_folder(target) as folder:
+    with files_together(target) as folder:
         model.cpu().save_pretrained(folder)
 
 

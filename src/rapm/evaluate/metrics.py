@@ -39,3 +39,20 @@ def sharpness(images: Tensor) -> Tensor:
         1, 1, 3, 3
     )
     return F.conv2d(grey, kernel).flatten(1).var(1)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Mean of all values, in [0, 1], of each picture: [n]; images [n, 3, H, W] in [-1, 1]."""
+    return (images.flatten(1).mean(1) + 1) / 2
+
+
+def contrast(images: Tensor) -> Tensor:
+    """Standard deviation of all values of each picture, [n]; images [n, 3, H, W]."""
+    return images.flatten(1).std(1)
+
+
+def layout_distance(a: Tensor, b: Tensor) -> float:
+    """How far what is where differs, between pictures [n, 3, H, W] and their partners: the root of
+    the mean square difference of their 16 x 16 averages."""
+    apart = F.adaptive_avg_pool2d(a, 16) - F.adaptive_avg_pool2d(b, 16)
+    return float(apart.square().mean().sqrt())

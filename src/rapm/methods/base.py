@@ -168,16 +168,15 @@ class Method(ABC):
 
 
 class Losses(defaultdict[str, float]):
-    """Losses to log: means over slots and batch.
+    """Losses to log: means over slots and batch; and where slots are named, ``NAME/n`` of each."""
 
-    Args:
-        share: of one row, 1 / (N B).
-    """
-
-    def __init__(self, share: float) -> None:
+    def __init__(self, slots: int, batch: int) -> None:
         super().__init__(float)
-        self.share = share
+        self.slots, self.batch = slots, batch
+        self.share = 1 / (slots * batch)  # of one row
 
-    def add(self, name: str, rows: Tensor) -> None:
+    def add(self, name: str, rows: Tensor, slots: Sequence[int] = ()) -> None:
         """Adds one slot's rows, or several slots', [k B]."""
-        self[name] += self.share * float(rows.detach().sum())
+        means = [float(mean) for mean in rows.detach().reshape(-1, self.batch).mean(1)]
+        self[name] += sum(means) / self.slots
+        self.update({f"{name}/{n}": mean for n, mean in zip(slots, means, strict=False)})

@@ -53,7 +53,7 @@ class Midpoint(Method):
     ) -> dict[str, float]:
         """One iteration on one batch of noise and prompts; see :meth:`Method.training_step`."""
         grid, schedule, size = self.grid, self.schedule, len(batch.noise)
-        losses = Losses(1 / (grid.slots * size))
+        losses = Losses(grid.slots, size)
         z = batch.noise
         for slots in self.slot_groups():
             start = self.student_starts(slots, z, batch.conditioning)
@@ -71,6 +71,6 @@ class Midpoint(Method):
             distance = self.distance(phi, z_tilde)
             (pull,) = torch.autograd.grad(distance.sum(), phi)
             self.student.backward([step.end], [self.by_slot(self.weights, slots, size) * pull])
-            losses.add("distance", distance)
+            losses.add("distance", distance, slots)
             z = step.end.detach()[-size:]
         return dict(losses)

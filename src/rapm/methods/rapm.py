@@ -73,7 +73,7 @@ class Rapm(Method):
     ) -> dict[str, float]:
         """One iteration on one batch of stored trajectories; see :meth:`Method.training_step`."""
         learning, settings = self.learning(iteration), self.config.rapm
-        losses = Losses(1 / (self.grid.slots * len(batch.noise)))
+        losses = Losses(self.grid.slots, len(batch.noise))
         for discriminator in self.discriminators.values():
             discriminator.draw_noise(batch.noise.shape, generator)
         z = batch.noise  # z_N = z~_N
@@ -117,7 +117,7 @@ class Rapm(Method):
             phi, goal = z_phi.detach().requires_grad_(), target.detach().requires_grad_()
             distance = self.distance(phi, goal)  # d(z_n^phi, target)
             pull, at_goal = torch.autograd.grad(distance.sum(), (phi, goal))
-            losses.add(f"{term}_distance", distance)
+            losses.add(f"{term}_distance", distance, slots)
             if term in self.discriminators:  # + lambda A(z_n^phi)
                 discriminator = self.discriminators[term]
                 adversarial, push = discriminator.student_gradient(slots, goal, phi, prompts)

@@ -55,8 +55,10 @@ def read_json(file: Path) -> dict[str, Any]:
         if not file.is_file() or file.stat().st_size > TEXT_BYTES:
             raise ValueError(f"{file} is no regular file, or too large")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} is no JSON object")
     return value

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapm.errors import UserError
+from rapm.errors import UserError, first_line
 from rapm.io import load_metadata, load_tensors
+from rapm.memory import is_out_of_memory
 from rapm.models import Family
 from rapm.models.sources import header_of
 
@@ -57,7 +58,17 @@ def find_lora(text: str) -> Lora:
         )
     if not file.is_file():
         raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
-    for name in header_of(file):
+    if not math.isfinite(strength):
+        raise UserError(f"LoRA {file}: its strength is {strength}, which is no number")
+    header = header_of(file)
+    if not header:
+        raise UserError(f"LoRA {file} holds no tensor")
+    for name, value in header.items():
+        if _HALF.fullmatch(name) and not value.is_floating_point():
+            raise UserError(
+                f"LoRA {file}: '{name}' is of whole or complex numbers; take it in float16, "
+                "bfloat16 or float32"
+            )
         if not (_HALF.fullmatch(name) or _ALPHA.fullmatch(name)):
             kind = next((kind for mark, kind in _KINDS.items() if mark in name), "")
             raise UserError(
@@ -79,6 +90,19 @@ def fuse(lora: Lora, models: Mapping[str, nn.Module], family: Family, source: st
         UserError: a tensor finds no place, has another shape than its layer, or is not finite.
     """
     refused = f"LoRA {lora.file} does not fit teacher '{source}'"
+    try:
+        _fuse(lora, models, family, refused)
+    except UserError:
+        raise
+    except Exception as error:  # of tensors and metadata that are anything
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{refused}: it is damaged ({type(error).__name__}: {first_line(error)})"
+        ) from None
+
+
+def _fuse(lora: Lora, models: Mapping[str, nn.Module], family: Family, refused: str) -> None:
     described = json.loads(load_metadata(lora.file).get("lora_adapter_metadata", "{}"))
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in load_tensors(lora.file).items():
@@ -168,5 +192,5 @@ def _add(weight: Tensor, scale: float, down: Tensor, up: Tensor, what: str) -> N
         )
     update = scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     if not update.isfinite().all():
-        raise UserError(f"{what} is not finite: the file is damaged")
+        raise UserError(f"{what} is not finite: the file is damaged, or the strength too large")
     weight.copy_(weight.float() + update)

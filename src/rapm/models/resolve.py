@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +13,8 @@ from typing import Any, get_args
 from rapm import toy
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.io import load_metadata
-from rapm.models.files import TEXT_BYTES, header_of, reading
+from rapm.models.checks import check_calls, check_claims, check_configs, check_yaml
+from rapm.models.files import reading
 from rapm.models.lora import PICKLES, find_lora
 from rapm.models.parts import Part, parts_of
 from rapm.models.sources import (
@@ -34,20 +33,6 @@ LAYOUTS = Path(__file__).parent / "layouts"  # published architectures: configs 
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
-}
-# Of a part's config, what would bring in other files or other weights than those looked at.
-_LOADED = {"quantization_config": (None,), "transformers_weights": (None,)}
-_PREDICTIONS: dict[PredictionType, str] = {
-    "epsilon": "eps",
-    "v_prediction": "v",
-    "sample": "x0",
-}
-_IN_YAML = {
-    "parameterization": ("scheduler", "prediction_type"),
-    "linear_start": ("scheduler", "beta_start"),
-    "linear_end": ("scheduler", "beta_end"),
-    "timesteps": ("scheduler", "num_train_timesteps"),
-    "scale_factor": ("vae", "scaling_factor"),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -108,121 +93,18 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
     captions = scenes.captions if source == "toy" else None
     schedule = _schedule(source, folder)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, schedule, mark, captions)
-    _check_claims(teacher, config)
+    check_claims(teacher, config)
     if checkpoint:
-        _check_yaml(teacher, checkpoint.with_suffix(".yaml"))
-    _check_configs(teacher)
+        check_yaml(teacher, checkpoint.with_suffix(".yaml"))
+    check_configs(teacher)
     if checkpoint:
         check_checkpoint(checkpoint, folder, family)
     for part in own if not checkpoint and not random else ():
         if part.has_weights:
             part.check_weights()
+    if not random:
+        check_calls(teacher)
     return teacher
-
-
-def _check_claims(teacher: Teacher, config: str) -> None:
-    """Holds what a single file says of itself against the configs that go with it.
-
-    Raises:
-        UserError: they differ.
-    """
-    source, checkpoint = teacher.source, teacher.checkpoint
-    told = header_of(checkpoint) if checkpoint else {}
-    # Metadata are easily carried on by merges, so they count where nothing else was said.
-    says_v = (
-        checkpoint
-        and not config
-        and load_metadata(checkpoint).get("modelspec.prediction_type", "").startswith("v")
-    )
-    if any(name.startswith("edm_vpred.") for name in told):
-        raise UserError(
-            f"teacher '{source}' is sampled by EDM's noise levels (edm_vpred); this version "
-            f"distils DDPM-style models"
-        )
-    if ("v_pred" in told or says_v) and teacher.schedule.prediction_type != "v_prediction":
-        raise UserError(
-            f"teacher '{source}' says that it predicts v, its configs say "
-            f"'{teacher.schedule.prediction_type}'; name a folder "
-            "whose scheduler has prediction_type v_prediction with --teacher-config"
-        )
-    if "ztsnr" in told and not teacher.config("scheduler").get("rescale_betas_zero_snr"):
-        raise UserError(
-            f"teacher '{source}' says that its noise leaves no signal at the end (ztsnr), its "
-            f"configs do not; name a folder "
-            "whose scheduler has rescale_betas_zero_snr true with --teacher-config"
-        )
-
-
-def _check_yaml(teacher: Teacher, file: Path) -> None:
-    """Holds what the original programs read beside a single file against the configs.
-
-    Raises:
-        UserError: they differ.
-    """
-    if not file.exists():
-        return
-    if not file.is_file() or file.stat().st_size > TEXT_BYTES:
-        raise UserError(f"{file}, beside the teacher, is no regular file, or too large")
-    text = re.sub("#.*", "", file.read_text(encoding="utf-8", errors="replace"))
-    told = dict(
-        re.findall(r"""^[ \t-]*(\w+)[ \t]*:[ \t]*["']?([\w.+-]+)""", text, re.MULTILINE)[::-1]
-    )
-    if "VScaling" in text:  # as SDXL's say it
-        told["parameterization"] = "v"
-    for name, (part, field) in _IN_YAML.items():
-        own = teacher.config(part).get(field)
-        if name == "parameterization":
-            own = _PREDICTIONS[teacher.schedule.prediction_type]
-        if name in told and own is not None and not _same(told[name], own):
-            raise UserError(
-                f"teacher '{teacher.source}': {file} beside it says {name} {told[name]}, and the "
-                f"{part}'s config another {field}; name a folder in diffusers' layout that says "
-                "the same with --teacher-config, or move that file away"
-            )
-
-
-def _same(text: str, value: Any) -> bool:
-    try:
-        return math.isclose(float(text), float(value))
-    except (TypeError, ValueError):
-        return text == value
-
-
-def _check_configs(teacher: Teacher) -> None:
-    """Holds configs against what the family's call gives, and against each other.
-
-    Raises:
-        UserError: a part needs something else, or parts do not go together.
-    """
-    source, family, config = teacher.source, teacher.family, teacher.config
-    for part, served in family.served.items():
-        kind = Part(source, teacher.folder, part).kind().__name__
-        given = {**config(part), "_class_name": kind}
-        for field, values in {**_LOADED, **served}.items():
-            if given.get(field, values[0]) not in values:
-                raise UserError(
-                    f"teacher '{source}': its {part} has {field} = {given[field]!r}; this version "
-                    f"distils teachers with {' or '.join(map(repr, values))} there"
-                )
-    with reading(source, f"{family.network}'s or text encoders' config"):
-        family.conditioning(config)
-    network, vae = config(family.network), config("vae")
-    channels = network.get("in_channels"), vae.get("latent_channels")
-    if None in channels or not vae.get("block_out_channels"):
-        raise UserError(
-            f"teacher '{source}': the config of its {family.network} or vae is incomplete"
-        )
-    if channels[0] != channels[1]:
-        raise UserError(
-            f"teacher '{source}' takes {channels[0]} channels where its VAE gives {channels[1]}: "
-            f"an inpainting or editing "
-            "model, not a text-to-image one"
-        )
-    if network.get("out_channels", channels[0]) != channels[0]:
-        raise UserError(
-            f"teacher '{source}' predicts {network['out_channels']} channels of {channels[0]} (a "
-            "variance too?); this version distils teachers that predict the latent's"
-        )
 
 
 def teacher_of(config: Config) -> Teacher:
@@ -261,6 +143,15 @@ def _schedule(source: str, folder: Path) -> Schedule:
         raise UserError(
             f"teacher '{source}' predicts the noise where there is nothing but noise (zero "
             f"terminal SNR with epsilon)"
+        )
+    left = scheduler.alphas_cumprod.diff()
+    if (
+        not (scheduler.alphas_cumprod[-1] >= 0 and scheduler.alphas_cumprod[0] < 1)
+        or not (left < 0).all()
+    ):  # nor are they, where one is no number
+        raise UserError(
+            f"teacher '{source}': by its scheduler's betas noise does not grow from step to step; "
+            "they are damaged"
         )
     return Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, kind)
 

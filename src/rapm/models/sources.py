@@ -139,8 +139,9 @@ def family_of(source: str, folder: Path) -> Family:
         )
     try:
         name = read_json(index)["_class_name"]
-    except (ValueError, KeyError):
-        raise UserError(f"teacher '{source}': its model_index.json is damaged") from None
+    except (ValueError, KeyError) as error:
+        told = f" ({error})" if "cannot be read" in str(error) else ""
+        raise UserError(f"teacher '{source}': its model_index.json is damaged{told}") from None
     known = {family.pipeline.__name__: family for family in families()}
     if not isinstance(name, str) or name not in known:
         raise UserError(f"teacher '{source}' is a {name}; this version distils {', '.join(known)}")

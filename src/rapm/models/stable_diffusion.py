@@ -95,7 +95,7 @@ def unet_latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[i
     if size is None:
         own = unet.get("sample_size")
         sides: list[Any] = own if isinstance(own, list) else [own, own]
-        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        if len(sides) != 2 or not all(type(side) is int and 0 < side < 4096 for side in sides):
             raise ValueError(
                 f"this teacher does not say how large its pictures are (sample_size is {own!r}); "
                 "give a size"
@@ -140,7 +140,10 @@ def finite(values: Tensor, what: str) -> Tensor:
     """
     if values.isfinite().all():
         return values
-    raise UserError(f"{what} are not finite: its weights are damaged, or too large for float16")
+    raise UserError(
+        f"{what} are not finite: its weights or config are damaged, or they are too large for "
+        "float16"
+    )
 
 
 @torch.no_grad()

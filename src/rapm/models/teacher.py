@@ -139,6 +139,12 @@ class Teacher:
             with reading(self.source, "tokenizer"):
                 limits = [self.config(part)["max_position_embeddings"] for part in encoders]
                 least = min(*limits, *(tokenizer.model_max_length for tokenizer in found))
+                for part, encoder in zip(self.family.text_parts, encoders, strict=False):
+                    tokens, known = len(getattr(pipeline, part)), self.config(encoder)["vocab_size"]
+                    if tokens > known:
+                        raise ValueError(f"it has {tokens:,} tokens, its {encoder} {known:,}")
+                    if getattr(pipeline, part).pad_token is None:
+                        raise ValueError("it has no token to fill prompts up with (pad_token)")
             for tokenizer in found:
                 tokenizer.model_max_length = least
 
