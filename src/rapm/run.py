@@ -223,10 +223,10 @@ class Run:
                 result than this run's, or on other trajectories.
         """
         steps = [k for k in self.checkpoint_steps() if step is None or k <= step]
+        if step is not None and step not in steps:
+            raise UserError(f"the checkpoint of iteration {step:,} is gone; run this again")
         if not steps:
             return 0, {}
-        if step is not None and steps[-1] != step:
-            raise UserError(f"the checkpoint of iteration {step:,} is gone; run this again")
         self._check_made(steps)
         with _older_one_offered(steps):
             _, tensors = load_checked(self._checkpoint(steps[-1]))
