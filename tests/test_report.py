@@ -19,6 +19,7 @@ from rapm.pipeline import distill_run
 from rapm.report import write_report
 from rapm.report.charts import chart, smooth, ticks, ticks_of_log
 from rapm.run import Run
+from rapm.versions import versions
 
 HOSTILE = '<script>alert("x")</script> & "quotes"'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -128,6 +129,39 @@ def test_signs_are_shown_with_their_remedies(run: Run, tmp_path: Path) -> None:
         run.measures.write_text(lines)
     assert "Warning: pictures are darker than the teacher&#39;s: brightness is 0.50 of it." in text
     assert "Try: half of student.learning_rate." in text
+
+
+def test_scores_are_shown_of_the_checkpoint_that_they_are_of(run: Run, tmp_path: Path) -> None:
+    row = dict(steps=3, guidance_scale=1.0, caption_accuracy=0.75, diversity=1.0, sharpness=0.9)
+    row |= dict(model="student", fid_to_teacher=0.1234, seconds_per_image=0.1, images=1000)
+    scores = {"checkpoint": run.newest_checkpoint()[1], "versions": versions(), "rows": [row]}
+
+    def said() -> str:
+        return write_report([run], tmp_path / "page.html").read_text()
+
+    try:
+        run.scores.write_text(json.dumps(scores))
+        assert "<td>0.123</td><td>0.750</td>" in said() and "1000 pictures each" in said()
+        for damaged in (scores | {"checkpoint": "another"}, scores | {"rows": [{}]}, []):
+            run.scores.write_text(json.dumps(damaged))
+            assert "Scores" not in said()
+    finally:
+        run.scores.unlink()
+
+
+def test_a_picture_that_is_damaged_is_left_out(run: Run, tmp_path: Path) -> None:
+    """A page that fails would end a command whose work is done."""
+    for name in ("iteration-00000003.png", "teacher-few.png", "trajectory-teacher.png"):
+        file = run.samples / name
+        kept = file.read_bytes()
+        try:
+            for damaged in (kept[: len(kept) // 2], b"", None):
+                file.unlink() if damaged is None else file.write_bytes(damaged)
+                page = Page(write_report([run], tmp_path / "page.html").read_text())
+                left = [image for image in page.of("img") if image.get("src")]
+                assert len(left) == 18 - (4 if "trajectory" in name else 2)
+        finally:
+            file.write_bytes(kept)
 
 
 def test_several_runs_stand_side_by_side(run: Run, tiny_midpoint: Config, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from rapm.errors import UserError
 from rapm.evaluate import toy as protocol
 from rapm.evaluate.metrics import frechet_distance
 from rapm.network import STUDENT
+from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
 from rapm.sample import open_sampler
 from rapm.scores import evaluate_run
@@ -262,6 +263,40 @@ def test_every_method_has_thresholds_and_what_is_no_number_misses_them() -> None
         lines, reached = protocol.against_thresholds([*TEACHER_ROWS, nothing], method)
         assert [line.split()[-1] for line in lines[1:]] == ["no"] * 4
         assert not reached
+
+
+def test_a_student_is_scored_while_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On validation captions: those drawn right; and FID, where there is a reference. The last
+    scores are those of the student that is kept."""
+    for name, value in {"ASSETS": tmp_path, "CAPTIONS": 8, "PAIRS": 4, "_BATCH": 2}.items():
+        monkeypatch.setattr(protocol, name, value)
+    sets = ["trajectories.count=2", "training.iterations=4", "samples.count=0", "evaluate.every=2"]
+    config = load(method="midpoint", preset="toy", settings=[*sets, "training.checkpoint_every=2"])
+
+    def curve(folder: Path) -> Run:
+        run = Run.open(folder, config)
+        make_trajectories(run)
+        assert train_run(run)
+        return run
+
+    run = curve(tmp_path / "without")
+    points = run.read_samples()
+    assert [p["iteration"] for p in points if "captions" in p] == [0, 2, 4]
+    assert not any("fid" in point for point in points)
+    sampler, oracle = open_sampler(run), Oracle.load(ORACLE)
+    jobs = [("first", 0), ("first", 2)]
+    drawn = [protocol.draw(sampler, oracle, STUDENT, 4, "validation", job) for job in jobs]
+    right = torch.cat([right for _, right, _ in drawn]).float().mean()
+    assert points[-1]["captions"] == pytest.approx(float(right), abs=1e-4)
+
+    first = torch.cat([features for features, _, _ in drawn])
+    measured = protocol.Measured(first, first.roll(1, 1), torch.ones(4), torch.ones(4))
+    protocol.save_reference("validation", measured, measured)
+    other = protocol.load_reference("validation")[protocol.MANY_STEPS].second
+    found = curve(tmp_path / "with").read_samples()[-1]["fid"]
+    assert found == pytest.approx(frechet_distance(first, other), rel=1e-3)
 
 
 def test_a_checkpoint_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

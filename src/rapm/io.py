@@ -86,8 +86,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def files_together(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder for files that belong together; on success they are moved into
-    ``folder``, which may be a link, and on failure nothing is. What else is there stays."""
+    """Gives a temporary folder for files that belong together. Once all are written they are moved
+    into ``folder``, which may be a link; before, nothing is. What else is there stays."""
     temporary = folder / ".files.partial"
     with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def files_together(folder: Path) -> Iterator[Path]:
                 sync(file)
             for file in made:
                 place = folder / file.relative_to(temporary)
-                place.parent.mkdir(exist_ok=True)
+                place.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(place)
             for each in {folder, *(folder / file.relative_to(temporary) for file in made)}:
                 sync(each if each.is_dir() else each.parent)

@@ -36,9 +36,16 @@ def to_pictures(images: Tensor, min_side: int = 0) -> list[Image.Image]:
     return [Image.fromarray(v).resize(size, Image.Resampling.NEAREST) for v in values]
 
 
-def scaled(picture: Image.Image, scale: float) -> Image.Image:
-    width, height = (max(1, int(side * scale)) for side in picture.size)
-    return picture.resize((width, height))
+def fitting(rows: Sequence[Row]) -> list[Row]:
+    """The same, scaled down where they are too many pixels for a sheet."""
+    pixels = sum(picture.width * picture.height for _, row in rows for picture in row)
+    scale = min(1.0, math.sqrt(MOST_PIXELS / pixels))
+
+    def scaled(picture: Image.Image) -> Image.Image:
+        width, height = (max(1, int(side * scale)) for side in picture.size)
+        return picture if scale == 1 else picture.resize((width, height))
+
+    return [(title, [scaled(picture) for picture in row]) for title, row in rows]
 
 
 def image_grid(
@@ -54,10 +61,7 @@ def image_grid(
         captions: of the columns, below the last row.
         facts: what made it, as JSON, for :func:`facts_of_picture`.
     """
-    pixels = sum(picture.width * picture.height for _, pictures in rows for picture in pictures)
-    if pixels > MOST_PIXELS:
-        scale = math.sqrt(MOST_PIXELS / pixels)
-        rows = [(title, [scaled(picture, scale) for picture in row]) for title, row in rows]
+    rows = fitting(rows)
     sizes = [picture.size for _, pictures in rows for picture in pictures]
     width, height = (max(size[k] for size in sizes) for k in (0, 1))
     columns = max(len(pictures) for _, pictures in rows)

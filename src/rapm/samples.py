@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,12 @@ from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER
 from rapm.pictures import (
     FEW_STEP_GUIDANCE,
-    MOST_PIXELS,
     Row,
     decode,
     facts_of_picture,
+    fitting,
     image_grid,
     save,
-    scaled,
     to_pictures,
 )
 from rapm.run import Run
@@ -200,8 +198,6 @@ def measures(folder: Path, made: Sequence[int]) -> dict[str, float]:
 
 def save_row(pictures: Sequence[Image.Image], file: Path) -> None:
     """Writes them side by side; the file says how many there are, for :func:`cut`."""
-    scale = math.sqrt(MOST_PIXELS / (pictures[0].width * pictures[0].height * len(pictures)))
-    if scale < 1:
-        pictures = [scaled(picture, scale) for picture in pictures]
+    ((_, pictures),) = fitting([("", pictures)])
     row = Image.fromarray(np.hstack([np.asarray(picture) for picture in pictures]))
     save(row, file, {"pictures": len(pictures)})

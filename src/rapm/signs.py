@@ -1,8 +1,8 @@
 """Signs that a run goes wrong, read off its metrics and samples: each with its cause and remedy.
 
 The paper names some: dark or blurry pictures, structure that changes between iterations, a score
-that fluctuates. They are looked for once a quarter of the run is done; before, every student is in
-motion. The limits lie well outside of what healthy runs of the toy teacher show.
+that fluctuates. They are looked for once a quarter or a half of the run is done; before, every
+student is in motion. The limits lie well outside of what healthy runs of the toy teacher show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ABOVE = {
     "sharpness": (
         "grainier",
         "an adversarial term that is too strong, or a learning rate that is too high",
-        "half of discriminators.adversarial_weight or of student.learning_rate",
+        "half of student.learning_rate, or with method rapm of discriminators.adversarial_weight",
     ),
 }
 MOVED = 0.4  # of the distance between different prompts, from the middle of a run on
@@ -73,11 +73,12 @@ def find_signs(config: Config, metrics: Records, samples: Records) -> list[Sign]
         metrics: its records of iterations, see :meth:`rapm.run.Run.read_metrics`.
         samples: its records of samples, see :meth:`rapm.run.Run.read_samples`.
     """
-    done = metrics[-1]["iteration"] + 1 if metrics else 0
+    share = (metrics[-1]["iteration"] + 1 if metrics else 0) / config.training.iterations
+    looks = (_pictures, _scores, _clipped) if share >= QUIET_SHARE else ()
+    looks += (_jumps, _discriminators, _slow) if share >= 0.5 else ()
     found = [*_without_gradient(metrics)]
-    if done >= QUIET_SHARE * config.training.iterations:
-        for look in (_pictures, _jumps, _scores, _discriminators, _clipped, _slow):
-            found += look(config, metrics, samples)
+    for look in looks:
+        found += look(config, metrics, samples)
     return found
 
 
@@ -134,9 +135,7 @@ def _scores(config: Config, metrics: Records, samples: Records) -> Iterator[Sign
 
 
 def _discriminators(config: Config, metrics: Records, samples: Records) -> Iterator[Sign]:
-    """A discriminator that cannot tell student from target, or always can, in the second half."""
-    if not metrics or metrics[-1]["iteration"] < config.training.iterations / 2:
-        return
+    """A discriminator that cannot tell student from target, or always can."""
     for term in ("relative", "absolute"):
         margins, losses = (
             _late([r[f"{term}_{what}"] for r in metrics if f"{term}_{what}" in r], 2)
@@ -174,16 +173,13 @@ def _clipped(config: Config, metrics: Records, samples: Records) -> Iterator[Sig
             "clipped",
             f"the student's gradient is far beyond the clip all along: {statistics.mean(norms):.2f}"
             f" in the mean, clipped at {clip:g}",
-            "losses of an unusual size, from rapm.absolute_weight or the number of slots",
+            "losses of an unusual size, from their weights or the number of slots",
             "training.gradient_clip near that mean",
         )
 
 
 def _slow(config: Config, metrics: Records, samples: Records) -> Iterator[Sign]:
-    """Distances that do not fall, from the middle of a run on."""
-    planned = config.training.iterations
-    if not metrics or metrics[-1]["iteration"] < planned / 2:
-        return
+    """Distances that do not fall."""
     for name in ("absolute_distance", "relative_distance", "distance"):
         values = [record[name] for record in metrics if name in record]
         first, late = values[: max(FEWEST, len(values) // 10)], _late(values)

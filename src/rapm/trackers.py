@@ -73,7 +73,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project "rapm", named after the folder; WANDB_MODE=offline keeps it here."""
+    """A run of the project "rapm", named after the folder; WANDB_MODE=offline keeps it here. Going
+    on after a stop begins another one."""
 
     def __init__(self, run: Run) -> None:
         import wandb  # pyright: ignore[reportMissingImports]

@@ -48,7 +48,10 @@ class Watch:
 
     def __call__(self, iteration: int) -> None:
         run, config = self.run, self.run.config
-        record: dict[str, Any] = {"iteration": iteration, "memory_gib": memory_held()}
+        record: dict[str, Any] = {
+            "iteration": iteration,
+            "memory_gib": memory_held(config.torch_device),
+        }
         if config.samples_due(iteration):
             record |= self.samples(iteration)
         if self.scores and config.scores_due(iteration):
@@ -70,9 +73,9 @@ class Watch:
             warnings.warn(f"the page could not be written: {error!r}", stacklevel=2)
 
 
-def memory_held() -> float:
+def memory_held(device: str) -> float:
     """GiB that this process has held at its peak on the GPU, or holds now in memory."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         held = torch.cuda.max_memory_allocated()
     else:
         held = psutil.Process().memory_info().rss

@@ -79,7 +79,7 @@ def check_yaml(teacher: Teacher, file: Path) -> None:
     if not file.is_file() or file.stat().st_size > TEXT_BYTES:
         raise UserError(f"{file}, beside the teacher, is no regular file, or too large")
     try:
-        told = dict(_scalars(yaml.safe_load(file.read_bytes())))
+        told = dict(_scalars([yaml.safe_load(file.read_bytes())]))
     except (yaml.YAMLError, UnicodeError, ValueError, RecursionError):
         raise UserError(
             f"{file}, beside the teacher, is no YAML that can be read; move it away if it has "
@@ -99,21 +99,19 @@ def check_yaml(teacher: Teacher, file: Path) -> None:
             )
 
 
-def _scalars(table: Any, known: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+def _scalars(
+    table: dict[Any, Any] | list[Any], known: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Every key with its value, however deep; the last of equal keys counts."""
     known = set() if known is None else known
     if id(table) in known:  # YAML may point to what was there before
         return
     known.add(id(table))
-    for key, value in table.items() if isinstance(table, dict) else enumerate(_listed(table)):
+    for key, value in table.items() if isinstance(table, dict) else enumerate(table):
         if isinstance(value, dict | list):
             yield from _scalars(value, known)
         else:
             yield str(key), value
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _same(told: Any, value: Any) -> bool:

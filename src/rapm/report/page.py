@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from rapm import settings
 from rapm.config import unread
+from rapm.evaluate.toy import Row, scored
 from rapm.export import exported
 from rapm.io import read, write_text
 from rapm.report.charts import Line, chart, smooth
@@ -82,7 +82,7 @@ def about(run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "samples": samples,
         "plan": read(run.plan).decode() if run.plan.is_file() else "",
-        "scores": json.loads(read(run.scores)) if run.scores.is_file() else {},
+        "scores": scores_of(run),
         "settings": settings.dump(config),
         "files": files_of(run),
     } | pictures(run)
@@ -103,19 +103,26 @@ def pictures(run: Run) -> dict[str, Any]:
         "rows": [
             {"title": title, "large": side == LARGE, "pictures": embedded(file, side)}
             for title, file, side in rows
-            if file.is_file()
         ],
-        "path": [(title, embedded(file, SMALL)) for title, file in paths if file.is_file()],
+        "path": [(title, embedded(file, SMALL)) for title, file in paths],
     }
+    # No page is refused for a picture that is not there, or damaged.
+    found["rows"] = [row for row in found["rows"] if row["pictures"]]
+    found["path"] = [(title, row) for title, row in found["path"] if row]
     count = len(found["rows"][0]["pictures"]) if found["rows"] else 0
     found["prompts"] = [prompt.text for prompt in stored_prompts(run.trajectories)][:count]
     return found
 
 
 def embedded(file: Path, side: int) -> list[str]:
-    """A row's pictures as data, each at most ``side`` pixels on its longer side."""
+    """A row's pictures as data, each at most ``side`` pixels on its longer side; none of a row that
+    cannot be read."""
     found = []
-    for picture in cut(file):
+    try:
+        row = cut(file)
+    except (OSError, SyntaxError):  # the latter of a PNG with damaged parts
+        return []
+    for picture in row:
         picture.thumbnail((side, side))
         written = io.BytesIO()
         picture.save(written, format="WEBP", quality=82)
@@ -223,6 +230,11 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 # ---- the rest
+
+
+def scores_of(run: Run) -> list[Row]:
+    """Of the newest checkpoint, if it was scored."""
+    return scored(run.scores, run.newest_checkpoint()[1]) or [] if run.scores.is_file() else []
 
 
 def files_of(run: Run) -> dict[str, str]:
