@@ -21,8 +21,8 @@ from runs import RESULTS, Spec
 
 Line = Mapping[str, Any]
 SCORES = {  # by their names in a line: title, digits
-    "fid_to_teacher": ("FID", 3),
-    "caption_accuracy": ("captions", 3),
+    "fid": ("FID", 3),
+    "captions": ("captions", 3),
     "diversity": ("diversity", 2),
     "sharpness": ("sharpness", 2),
 }
@@ -101,7 +101,7 @@ def curves(specs: Iterable[Spec], done: Mapping[str, Line], file: Path) -> None:
         for line in lines:
             points = [p for p in line.get("points", ()) if p["split"] == "test"]
             places = [p["iteration"] for p in points], [hours(line, p) for p in points]
-            for row, score in enumerate(("fid_to_teacher", "caption_accuracy")):
+            for row, score in enumerate(("fid", "captions")):
                 for column, at in enumerate(places):
                     panels[row][column].plot(
                         at,

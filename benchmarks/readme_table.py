@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from markers import markdown, replace_between
+from rapm.run import Run
+from rapm.scores import scores_of
 from rapm.toy import ASSETS
 
 FIGURES = ASSETS / "figures-test.json"  # python tools/toy/score.py
@@ -26,21 +28,22 @@ NAMES = {"rapm": "RAPM", "midpoint": "midpoint"}
 def table(folders: Sequence[Path]) -> str:
     """Markdown."""
     few = json.loads(FIGURES.read_text(encoding="utf-8"))["lower_guidance"]
-    best = min((r for r in few if r["steps"] == 4), key=lambda r: r["fid_to_teacher"])
+    best = min((r for r in few if r["steps"] == 4), key=lambda r: r["fid"])
     rows = [cells(f"teacher, 4 steps, guidance {best['guidance_scale']:g}", best)]
     for folder in folders:
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        student = next(row for row in scores["rows"] if row["model"] == "student")
-        name = f"{NAMES[scores['method']]}, {student['steps']} steps"
-        rows.append(cells(f"{name}, seed {config['training']['seed']}", student))
+        run = Run.existing(folder)
+        scores = next(found for found in scores_of(run) if found.protocol["name"] == "toy")
+        student = asdict(next(row for row in scores.rows if row.model == "student"))
+        student |= {name: score["value"] for name, score in student["scores"].items()}
+        name = f"{NAMES[run.config.method]}, {student['steps']} steps"
+        rows.append(cells(f"{name}, seed {run.config.training.seed}", student))
     return markdown(TITLES, rows)
 
 
 def cells(model: str, row: Mapping[str, Any]) -> list[str]:
-    """A line, of scores by the names of :class:`rapm.evaluate.toy.Row`."""
+    """A line of scores, which stand under their names."""
     calls = row["steps"] * (1 if row["guidance_scale"] == 1 else 2)
-    scored = [f"{row[score]:.3f}" for score in ("fid_to_teacher", "caption_accuracy")]
+    scored = [f"{row[score]:.3f}" for score in ("fid", "captions")]
     return [model, str(calls), *scored, *(f"{row[s]:.2f}" for s in ("diversity", "sharpness"))]
 
 

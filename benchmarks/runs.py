@@ -293,7 +293,7 @@ def described(line: Mapping[str, Any]) -> str:
     if not line.get("points") or "error" in line:
         return str(line.get("error", "no points"))
     point = line["points"][-1]
-    fid, captions = point["fid_to_teacher"], point["caption_accuracy"]
+    fid, captions = point["fid"], point["captions"]
     return f"{point['split']} FID {fid:.3f}, captions {captions:.3f}"
 
 

@@ -21,15 +21,12 @@ from rapm.losses import pseudo_huber
 from rapm.methods import Batch, Method
 from rapm.models.resolve import teacher_of
 from rapm.models.stable_diffusion import FAMILY
-from rapm.models.teacher import load_backbone
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.run import Run
-from rapm.sampling import picture_noise
 from rapm.schedule import Grid, Schedule
 from rapm.status import training_seconds
 from rapm.trajectories import TrajectoryStore
 from runs import Points, Spec
-from scoring import StochasticSampler
 
 GRID = Grid(slots=2, fine_steps=3)
 SCALE = 5.0
@@ -365,21 +362,3 @@ def test_a_run_that_was_killed_while_it_was_scored_ends_as_one_that_was_not(
         (run.checkpoints / "step-00000010.safetensors").read_bytes() for run in (whole, killed)
     ]
     assert files[0] == files[1]
-
-
-def test_stochastic_sampling_predicts_the_clean_latent_and_adds_noise(tiny_config: Config) -> None:
-    """One step is the prediction itself; of several, no picture depends on its neighbours."""
-    teacher = teacher_of(tiny_config)
-    backbone = load_backbone(teacher, tiny_config, "cpu")
-    sampler = StochasticSampler(teacher, backbone, guidance_scale=3.0, batch_size=2)
-    texts, seeds = ["a red star on grass", "a blue ring on sand"], [5, 6]
-    z = torch.stack([picture_noise(seed, sampler.shape) for seed in seeds])
-    conditioning, _ = sampler.encode(texts)
-    with torch.no_grad(), backbone.adapter(TEACHER):
-        eps = backbone(z, torch.full((2,), 999), conditioning)
-    expected = teacher.schedule.x0_and_eps(z, eps, 999)[0]
-    torch.testing.assert_close(sampler.latents(TEACHER, texts, seeds, 1), expected)
-    both = sampler.latents(TEACHER, texts, seeds, 4)
-    alone = sampler.latents(TEACHER, texts[1:], seeds[1:], 4)
-    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(sampler.latents(TEACHER, texts, [5, 7], 4)[1], both[1], atol=1e-2)

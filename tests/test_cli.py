@@ -194,13 +194,6 @@ def test_a_folder_that_holds_no_run(rapm, tmp_path, command, folder):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_split(rapm):
-    assert (
-        mistake(rapm("evaluate", "none", "--split", "train"))
-        == "--split is 'test' or 'validation', not 'train'"
-    )
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -212,6 +205,9 @@ def test_a_wrong_split(rapm):
         "train",
         "sample run --count 0",
         "sample run --seed x",
+        "evaluate run --split train",
+        "evaluate run --protocol coco2017",
+        "evaluate run --count 1",
     ],
 )
 def test_a_command_that_cannot_be_parsed(rapm, tmp_path, arguments):

@@ -17,7 +17,7 @@ import rapm.cli
 import settings_page
 from conftest import make_lora
 from ldm import save_single_file
-from rapm import estimate, measure, sample, settings, train
+from rapm import estimate, measure, sample, scores, settings, train
 from rapm.config import Config
 from rapm.evaluate import toy
 from rapm.models import resolve, sources
@@ -54,7 +54,7 @@ def small_world(
     monkeypatch.chdir(tmp_path)
     whole = DiffusionPipeline.from_pretrained(small_teachers["sdxl"])
     save_single_file(whole, tmp_path / "my.safetensors")
-    for k, name in enumerate("ab"):
+    for k, name in enumerate(("a", "b", "theirs")):
         made = make_lora(small_teachers["sdxl"], tmp_path / name, "kohya", seed=k)
         made.rename(tmp_path / f"{name}.safetensors")
     (tmp_path / "prompts.csv").write_text("prompt\na red fox\na hare\n", encoding="utf-8")
@@ -73,7 +73,7 @@ def small_world(
     stages = dict.fromkeys(("trajectories", "training", "pictures"), 0)
     memory = {stage: {"network": 0} for stage in stages}
     iterations = {"discriminators": 1, "student": 1}
-    plan = estimate.Plan({}, memory, 0, iterations, 0, stages)  # it has tests of its own
+    plan = estimate.Plan({}, memory, 0, iterations, 0, stages, {})  # it has tests of its own
     rows = [*TEACHER_ROWS, row("student", 4, 0.2, 0.8)]
     for owner, name, other in (
         (sources, "_first_cached", from_cache),
@@ -83,7 +83,8 @@ def small_world(
         (measure, "measure", lambda *_: measure.Measured(0.1, dict.fromkeys(iterations, 0.1), 0)),
         (train, "dry_run", lambda *_: None),
         (train, "gradients", lambda *_: {"distance": 0.1}),  # nothing is learnt, fast
-        (sample, "sample", lambda *given: walk(*given[:-1], 2)),
+        (sample, "sample", lambda *given: walk(*given[:4], 2, *given[5:])),
+        (scores, "_evaluate", lambda config, choices, *_, **__: [choices.name]),
         (toy, "score", lambda *_: rows),
     ):
         monkeypatch.setattr(owner, name, other)

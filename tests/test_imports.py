@@ -110,9 +110,9 @@ def test_one_file_knows(package, owner):
 
 
 def test_one_file_knows_the_toy_by_name():
-    """Besides, it is the default teacher."""
+    """Besides, it is the default teacher; and its protocol has its name."""
     knowing = [name for name, tree in TREES.items() if "toy" in strings(tree)]
-    assert knowing == ["config.py", "models/resolve.py"]
+    assert knowing == ["config.py", "evaluating.py", "models/resolve.py", "scores.py"]
     config = next(n for n in TREES["config.py"].body if getattr(n, "name", "") == "Config")
     assert strings(TREES["config.py"]).count("toy") == 1
     assert "teacher: str = 'toy'" in map(ast.unparse, config.body)
@@ -134,15 +134,23 @@ def calls(tree):
 
 def test_nothing_but_the_command_line_prints():
     printing = [name for name, tree in TREES.items() if "print" in calls(tree)]
-    assert printing == ["cli.py", "commands.py", "text.py"]
+    assert printing == ["cli.py", "commands.py", "evaluating.py", "text.py"]
 
 
 def test_nothing_is_unpickled():
     unsafe = ("pickle", "dill", "joblib", "shelve", "marshal", "torch.load")
     assert importing(*unsafe) == []
-    assert [
-        n for n, tree in TREES.items() if {"torch.load", "eval", "exec"} & set(calls(tree))
-    ] == []
+    unsafe_calls = {"eval", "exec"}
+    assert [n for n, tree in TREES.items() if unsafe_calls & set(calls(tree))] == []
+    loads = [
+        (name, [ast.unparse(keyword) for keyword in node.keywords])
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    # others' LoRAs, as tensors by name and nothing else
+    assert [name for name, given in loads if "weights_only=True" in given] == ["models/lora.py"]
+    assert len(loads) == 1
     of_yaml = {call for tree in TREES.values() for call in calls(tree) if call.startswith("yaml.")}
     assert of_yaml == {"yaml.safe_load"}  # which makes plain values alone
     keywords = {
@@ -175,9 +183,9 @@ def test_a_file_is_read_in_one_go():
 
 def test_the_library_grows_no_more():
     """The aim is 5,500, and it is missed: 7,174 lines before teachers, files and settings of others
-    were checked, 8,749 with that; samples, signs, page and trackers added 1,100, and others'
-    configs 200 more. docs/log.md says what the difference is."""
-    assert sum(LENGTHS.values()) <= 10_110
+    were checked, 8,749 with that; samples, signs, page and trackers added 1,100, others' configs
+    200 more, scores by published networks 1,300. docs/log.md says what the difference is."""
+    assert sum(LENGTHS.values()) <= 11_400
 
 
 def test_lines_fit_a_screen():

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rapm.evaluate.metrics import frechet_distance, pair_distance, sharpness
+from rapm.evaluate.metrics import (
+    frechet,
+    frechet_distance,
+    kernel,
+    mean,
+    pair_distances,
+    sharpness,
+)
 
 
 def random(*shape, seed=0):
@@ -60,9 +67,51 @@ def test_frechet_distance_with_fewer_pictures_than_features():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_pair_distance_by_hand():
+def test_the_interval_of_a_mean_is_its_standard_error():
+    """The bootstrap of a mean has a closed form: s / sqrt(n)."""
+    values = random(4000)
+    score = mean(values)
+    assert score.value == pytest.approx(float(values.mean()), rel=1e-9)
+    expected = 1.96 * float(values.std()) / 4000**0.5
+    assert score.high - score.value == pytest.approx(expected, rel=0.3)  # of 50 resamples
+    assert score.value - score.low == pytest.approx(score.high - score.value)
+    assert mean(values) == score
+
+
+def test_the_interval_of_fid_is_what_other_sets_have():
+    """Held against FID of fresh sets of the same two distributions."""
+    b = random(400, 4, seed=1)
+    found = [frechet_distance(random(400, 4, seed=2 + k) * 1.5, b) for k in range(60)]
+    deviation = float(torch.tensor(found).std())
+    score = frechet(random(400, 4) * 1.5, b)
+    assert score.value == pytest.approx(frechet_distance(random(400, 4) * 1.5, b))
+    assert (score.high - score.value) / 1.96 == pytest.approx(deviation, rel=0.35)
+
+
+def test_kernel_distance_is_the_sum_over_all_pairs():
+    """By hand, pair by pair, of small sets; of equal distributions it is unbiased around 0."""
+    a, b = random(5, 3), random(4, 3, seed=1) + 0.5
+    k = lambda x, y: float(((x * y).sum() / 3 + 1) ** 3)  # noqa: E731
+    same = lambda x: [k(p, q) for i, p in enumerate(x) for j, q in enumerate(x) if i != j]  # noqa: E731
+    across = [k(p, q) for p in a for q in b]
+    expected = sum(same(a)) / 20 + sum(same(b)) / 12 - 2 * sum(across) / 20
+    assert kernel(a, b).value == pytest.approx(expected, rel=1e-9)
+    zero = [kernel(random(100, 3, seed=k), random(100, 3, seed=99)) for k in range(40)]
+    middle = torch.tensor([score.value for score in zero])
+    assert abs(float(middle.mean())) < 0.2
+
+
+def test_the_interval_of_a_kernel_distance_is_what_other_sets_have():
+    b = random(300, 4, seed=1)
+    found = [kernel(random(300, 4, seed=2 + k) + 0.5, b).value for k in range(60)]
+    score = kernel(random(300, 4) + 0.5, b)
+    deviation = float(torch.tensor(found).std())
+    assert (score.high - score.value) / 1.96 == pytest.approx(deviation, rel=0.35)
+
+
+def test_pair_distances_by_hand():
     a, b = torch.tensor([[0.0, 0], [1, 1], [2, 0]]), torch.tensor([[3.0, 4], [1, 1], [2, 1]])
-    assert pair_distance(a, b) == pytest.approx(2)  # (5 + 0 + 1) / 3
+    assert pair_distances(a, b).tolist() == [5, 0, 1]
 
 
 def checkerboard(size):

@@ -15,11 +15,13 @@ from PIL import Image
 
 from conftest import changed
 from rapm.config import Config
+from rapm.evaluate.metrics import Score
+from rapm.evaluate.rows import Row, Scores
 from rapm.pipeline import distill_run
 from rapm.report import write_report
 from rapm.report.charts import chart, smooth, ticks, ticks_of_log
 from rapm.run import Run
-from rapm.versions import versions
+from rapm.scores import scores_file
 
 HOSTILE = '<script>alert("x")</script> & "quotes"'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -132,21 +134,23 @@ def test_signs_are_shown_with_their_remedies(run: Run, tmp_path: Path) -> None:
 
 
 def test_scores_are_shown_of_the_checkpoint_that_they_are_of(run: Run, tmp_path: Path) -> None:
-    row = dict(steps=3, guidance_scale=1.0, caption_accuracy=0.75, diversity=1.0, sharpness=0.9)
-    row |= dict(model="student", fid_to_teacher=0.1234, seconds_per_image=0.1, images=1000)
-    scores = {"checkpoint": run.newest_checkpoint()[1], "versions": versions(), "rows": [row]}
+    values = {"fid": Score(0.1234, 0.11, 0.1368), "captions": Score(0.75, 0.7, 0.8)}
+    scores = Scores({"name": "toy", "captions": "test"}, [Row("student", 3, 1.0, 1000, values)])
+    made, file = {"checkpoint": run.newest_checkpoint()[1]}, scores_file(run, "toy")
 
     def said() -> str:
         return write_report([run], tmp_path / "page.html").read_text()
 
     try:
-        run.scores.write_text(json.dumps(scores))
-        assert "<td>0.123</td><td>0.750</td>" in said() and "1000 pictures each" in said()
-        for damaged in (scores | {"checkpoint": "another"}, scores | {"rows": [{}]}, []):
-            run.scores.write_text(json.dumps(damaged))
+        scores.save(file, made)
+        assert "<td>0.123 ±0.013</td><td>0.750 ±0.050</td>" in said()
+        assert "1000 pictures each" in said() and "protocol toy: captions test" in said()
+        text = json.loads(file.read_text())
+        for damaged in (text | {"checkpoint": "another"}, text | {"rows": [{}]}, []):
+            file.write_text(json.dumps(damaged))
             assert "Scores" not in said()
     finally:
-        run.scores.unlink()
+        file.unlink()
 
 
 def test_a_picture_that_is_damaged_is_left_out(run: Run, tmp_path: Path) -> None:

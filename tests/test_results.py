@@ -34,7 +34,7 @@ from rapm.pipeline import distill_run, make_trajectories, open_run, train_run
 from rapm.run import Run
 from rapm.sample import Sampler, open_sampler, sample_run
 from rapm.sampling import picture_noise
-from rapm.scores import evaluate_run
+from rapm.scores import evaluate_toy
 from rapm.trajectories import TrajectoryStore, size_index
 
 PROMPTS = ["a red star on grass", "a blue ring and a white cross on sand"]
@@ -492,8 +492,8 @@ def test_a_finished_run_is_skipped_stage_by_stage(finished: Run) -> None:
 
 
 def test_only_the_toy_teacher_is_scored(finished: Run) -> None:
-    with pytest.raises(UserError, match="only the toy teacher has an oracle"):
-        evaluate_run(finished)
+    with pytest.raises(UserError, match="protocol toy is the toy teacher"):
+        evaluate_toy(finished)
 
 
 def test_another_teacher_is_not_drawn_with(small_teachers: dict[str, Path], tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from conftest import make_scheduler
@@ -43,6 +46,58 @@ def test_sampling_equals_diffusers_ddim(ddim_schedule: Schedule, num_steps: int)
         z = scheduler.step(teacher(z, int(t), PROMPTS), t, z).prev_sample
     found = sample(teacher, ddim_schedule, start(), PROMPTS, num_steps)
     torch.testing.assert_close(found, z, rtol=0, atol=1e-5)
+
+
+class Asked(NamedTuple):
+    """What a diffusers scheduler asks of a network that a :class:`Gaussian` stands for."""
+
+    teacher: Gaussian
+    scheduler: Any
+
+    def sample(self, generators: Callable[[int], list[torch.Generator]]) -> Tensor:
+        """Two pictures by diffusers' own loop; of step k by these generators."""
+        scheduler, z = self.scheduler, start()
+        if isinstance(scheduler, EulerDiscreteScheduler):  # in its own scale
+            z = z * (scheduler.sigmas[0].square() + 1).sqrt()
+        for k, t in enumerate(scheduler.timesteps):
+            given = scheduler.scale_model_input(z, t)
+            eps = self.teacher(given, torch.full((2,), int(t)), PROMPTS)
+            z = scheduler.step(eps, t, z, generator=generators(k)).prev_sample
+        return z.float()
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 8])
+def test_euler_equals_diffusers_euler(ddim_schedule: Schedule, num_steps: int) -> None:
+    """DDIM up to the last step, which ends where no noise is left. Both start at the noise that
+    training starts at; diffusers' pipelines take 0.2 % less."""
+    scheduler = EulerDiscreteScheduler.from_config(
+        make_scheduler().config, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.timesteps.tolist() == trailing_timesteps(num_steps)[:-1]
+    teacher = Gaussian(ddim_schedule)
+    expected = Asked(teacher, scheduler).sample(lambda k: [])
+    found = sample(teacher, ddim_schedule, start(), PROMPTS, num_steps, "euler")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    ddim_end = sample(teacher, ddim_schedule, start(), PROMPTS, num_steps)
+    assert (found - ddim_end).abs().max() > 1e-3
+
+
+def test_lcm_equals_diffusers_lcm(ddim_schedule: Schedule) -> None:
+    """With the same noise; diffusers' boundary conditions leave 1e-6 of the position before."""
+    scheduler = LCMScheduler.from_config(make_scheduler().config)
+    scheduler.set_timesteps(timesteps=trailing_timesteps(4)[:-1])
+    teacher = Gaussian(ddim_schedule)
+
+    def generators(k: int) -> list[torch.Generator]:
+        return [seeded(f"consistency sampling {seed} {k}") for seed in (5, 6)]
+
+    expected = Asked(teacher, scheduler).sample(generators)
+    found = sample(teacher, ddim_schedule, start(), PROMPTS, 4, "lcm", (5, 6))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    alone = {"mean": PROMPTS["mean"][1:]}
+    one = sample(teacher, ddim_schedule, start()[1:], alone, 4, "lcm", (6,))
+    torch.testing.assert_close(one, found[1:], rtol=0, atol=1e-6)
 
 
 def test_a_walk_gives_each_position_prediction_and_end(ddim_schedule: Schedule) -> None:

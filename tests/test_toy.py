@@ -26,12 +26,13 @@ from rapm import network
 from rapm.config import MethodName
 from rapm.errors import UserError
 from rapm.evaluate import toy as protocol
-from rapm.evaluate.metrics import frechet_distance
+from rapm.evaluate.metrics import Score, frechet_distance
+from rapm.evaluate.rows import Row, Scores
 from rapm.network import STUDENT
 from rapm.pipeline import make_trajectories, train_run
 from rapm.run import Run
 from rapm.sample import open_sampler
-from rapm.scores import evaluate_run
+from rapm.scores import evaluate_toy, scores_file
 from rapm.settings import load
 from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE, TEACHER
 from rapm.toy.oracle import FEATURES, Oracle
@@ -211,8 +212,8 @@ def test_the_teachers_figures_reach_their_thresholds() -> None:
     for method in get_args(MethodName):
         assert load(method=method).trajectories.guidance_scale == GUIDANCE_SCALE
     assert figures["fid_floor"] == pytest.approx(floor, rel=1e-3)
-    assert figures["caption_accuracy"] == pytest.approx(float(teacher.right.mean()), abs=1e-4)
-    assert figures["caption_accuracy"] >= 0.8
+    assert figures["captions"] == pytest.approx(float(teacher.right.mean()), abs=1e-4)
+    assert figures["captions"] >= 0.8
     assert figures["few_steps"]["4"]["fid"] == pytest.approx(
         frechet_distance(reference[4].first, teacher.second), rel=1e-3
     )
@@ -230,8 +231,10 @@ def row(
     accuracy: float,
     diversity: float = 1.0,
     sharpness: float = 1.0,
-) -> protocol.Row:
-    return protocol.Row(model, steps, 1.0, fid, accuracy, diversity, sharpness, 0.1, 1000)
+) -> Row:
+    values = {"fid": fid, "captions": accuracy, "diversity": diversity, "sharpness": sharpness}
+    scores = {name: Score(value, value - 0.1, value + 0.1) for name, value in values.items()}
+    return Row(model, steps, 1.0, 1000, scores, 0.1)
 
 
 TEACHER_ROWS = [row("teacher", 100, 0.4, 0.8), row("teacher", 4, 10.0, 0.6)]
@@ -306,22 +309,23 @@ def test_a_checkpoint_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(protocol, "score", lambda *given: asked.append(given[1:]) or rows)
     monkeypatch.setattr("rapm.scores.open_sampler", lambda run, step: None)
     run.save_checkpoint(4, {"a": torch.ones(1)})
-    first = evaluate_run(run)
-    assert first == evaluate_run(run)
+    first = evaluate_toy(run)
+    assert first == evaluate_toy(run)
     assert first[1]
-    assert first[0][-1] == f"Scores: {run.scores}"
+    file = scores_file(run, "toy")
+    assert first[0][-1] == f"Scores: {file}"
     assert asked == [("test", 4)]
-    evaluate_run(run, "validation")
+    evaluate_toy(run, "validation")
     assert asked.pop() == ("validation", 4)
-    text = run.scores.read_text()
+    text = file.read_text()
     damages = (text[:-9], "[]", text.replace('"model"', '"who"'), text.replace("0.1.0", "0.0.9"))
     for damaged in damages:
-        run.scores.write_text(damaged)
-        assert evaluate_run(run) == first
+        file.write_text(damaged)
+        assert evaluate_toy(run) == first
     assert asked == [("test", 4)] * 5
     run.save_checkpoint(8, {"a": torch.ones(1)})
     run.save_checkpoint(8, {"a": torch.zeros(1)})
-    assert evaluate_run(run) == evaluate_run(run) == first
+    assert evaluate_toy(run) == evaluate_toy(run) == first
     assert asked == [("test", 4)] * 6
 
 
@@ -340,20 +344,23 @@ def test_a_run_is_scored_against_the_shipped_reference(
     monkeypatch.setattr("rapm.scores.open_sampler", lambda run, step: sampler)
     oracle = Oracle.load(ORACLE)
     with pytest.raises(UserError, match="make it with"):
-        evaluate_run(run)
+        evaluate_toy(run)
 
     many, few = (
         protocol.measure(sampler, oracle, network.TEACHER, steps, "test") for steps in (3, 1)
     )
     protocol.save_reference("test", many, few)
-    table, all_reached = evaluate_run(run)
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    full, short, student = rows = [protocol.Row(**row) for row in scores["rows"]]
-    assert (scores["method"], scores["split"]) == ("midpoint", "test")
+    table, all_reached = evaluate_toy(run)
+    file = scores_file(run, "toy")
+    scores = Scores.load(file, {"method": "midpoint"})
+    assert scores
+    full, short, student = rows = scores.rows
+    expected = {"name": "toy", "captions": "test", "count": 24}
+    assert scores.protocol == expected | {"reference": "the teacher's 3 steps"}
     thresholds, reached = protocol.against_thresholds(rows, "midpoint")
     assert not reached
-    ends = ["", *thresholds, "", f"Scores: {run.scores}"]
-    assert (table, all_reached) == ([*protocol.render(rows), *ends], False)
+    ends = ["", *thresholds, "", f"Scores: {file}"]
+    assert (table, all_reached) == ([*scores.render(), *ends], False)
     alone = protocol.measure(sampler, oracle, STUDENT, 2, "test")
     shipped = protocol.load_reference("test")[3]
     assert [(row.model, row.steps, row.guidance_scale) for row in rows] == [
@@ -361,15 +368,17 @@ def test_a_run_is_scored_against_the_shipped_reference(
         ("teacher", 1, 7.5),
         ("student", 2, 1.0),
     ]
-    assert full.diversity == full.sharpness == 1
+    assert full.scores["diversity"].value == pytest.approx(1)
+    assert full.scores["sharpness"].value == pytest.approx(1)
     for scored, measured in ((full, many), (short, few), (student, alone)):
         # float16 features are near enough for everything that is compared
         fid = frechet_distance(measured.first, shipped.second)
         assert scored.images == 24
-        assert scored.fid_to_teacher == pytest.approx(fid, rel=0.02)
-        assert scored.caption_accuracy == pytest.approx(float(measured.right.mean()))
+        assert scored.scores["fid"].value == pytest.approx(fid, rel=0.02)
+        right = float(measured.right.mean())
+        assert scored.scores["captions"].value == pytest.approx(right)
         sharp = float(measured.sharp.mean() / shipped.sharp.mean())
-        assert scored.sharpness == pytest.approx(sharp, rel=0.01)
+        assert scored.scores["sharpness"].value == pytest.approx(sharp, rel=0.01)
 
     protocol.save_reference("test", replace(many, first=many.first + 0.2), few)
     with pytest.raises(UserError, match="another teacher or oracle"):

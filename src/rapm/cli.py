@@ -16,7 +16,6 @@ import typer
 from rapm.commands import (
     RunArgument,
     doctor,
-    evaluate,
     leave_busy_cores,
     plan,
     presets,
@@ -26,6 +25,7 @@ from rapm.commands import (
     sample,
 )
 from rapm.errors import UserError
+from rapm.evaluating import evaluate
 from rapm.options import with_settings
 from rapm.text import one_line, output
 

@@ -83,32 +83,6 @@ def sample(
     print(f"Picture: {picture}")
 
 
-def evaluate(
-    run: RunArgument,
-    split: Annotated[
-        str, typer.Option(help="Held-out captions: 'test' to report, 'validation' to tune on.")
-    ] = "test",
-    check: Annotated[
-        bool, typer.Option("--check", help="Exit with 1 when the student misses a threshold.")
-    ] = False,
-) -> None:
-    """Score the student of a toy run beside its teacher; writes scores.json."""
-    from rapm.report import write_report
-    from rapm.run import Run
-    from rapm.scores import evaluate_run
-
-    if split not in ("test", "validation"):
-        raise UserError(f"--split is 'test' or 'validation', not '{split}'")
-    opened = Run.existing(run)
-    leave_busy_cores(opened.config)
-    tables, reached = evaluate_run(opened, split)
-    print("\n".join(tables))
-    write_report([opened], opened.page)
-    print_files(opened)
-    if check and not reached:
-        raise typer.Exit(1)
-
-
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     out: Annotated[

@@ -23,6 +23,7 @@ from torch import Tensor
 from rapm.config import Config
 from rapm.counting import count
 from rapm.errors import UserError
+from rapm.evaluate.features import BYTES
 from rapm.methods import METHODS, Batch, Method
 from rapm.models.teacher import Teacher, load_backbone
 from rapm.network import TEACHER, Backbone
@@ -61,6 +62,7 @@ class Plan:
         iterations: how many of each kind, by who learns.
         picture_passes: what all pictures of a run take, in guided passes of one picture.
         flops: by stage.
+        evaluation: memory of ``rapm evaluate`` with published networks, by part; not of a run.
     """
 
     disk: Mapping[str, int]
@@ -69,6 +71,7 @@ class Plan:
     iterations: Mapping[str, int]
     picture_passes: float
     flops: Mapping[str, float]
+    evaluation: Mapping[str, int]
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -156,6 +159,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     rollout = {"network": network, f"activations of {rows}": activations} if steps else {}
     training = {"network": network, **learnt, "gradients and activations": peak}
     others, decoding = _other_stages(config, teacher, store[0].absolute[:1], activations)
+    evaluation = others.pop("evaluation")
     of_picture = of_pass / rows
     pictures = _picture_passes(config, decoding / of_picture)
     positions = sum(bytes_of((row.absolute, row.intermediate)) for row in store if steps)
@@ -176,6 +180,7 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
             "training": float(flops),
             "pictures": pictures * of_picture,
         },
+        evaluation=evaluation,
     )
 
 
@@ -195,9 +200,9 @@ def _picture_passes(config: Config, decoding: float) -> float:
 
 def _other_stages(
     config: Config, teacher: Teacher, z: Tensor, sampling: int
-) -> tuple[Memory, float]:
-    """Memory of encoding and of pictures, where network and VAE stay and the rest takes turns; and
-    FLOPs of decoding one picture."""
+) -> tuple[dict[str, dict[str, int]], float]:
+    """Memory of encoding, of pictures, where network and VAE stay and the rest takes turns, and of
+    evaluation, where the networks that read pictures do so too; and FLOPs of decoding a picture."""
     bare, network, dtype = without_weights(teacher), teacher.family.network, config.torch_dtype
     texts = [part for part in teacher.family.text_parts if not part.startswith("tokenizer")]
     drawn = (bare.draw(part, dtype, "meta") for part in (*texts, network))
@@ -207,8 +212,11 @@ def _other_stages(
     flops, decoding = count(lambda: vae.decode(z.to(for_vae), return_dict=False))
     rest = {sum(encoders): "text encoders", sampling: "activations", decoding: "VAE's activations"}
     weights = {"network": whole, "VAE": bytes_of(vae.parameters())}
-    pictures = weights | {rest[max(rest)]: max(rest)}
-    return {"encoding prompts": {"text encoders": sum(encoders)}, "pictures": pictures}, flops
+    stages = {"encoding prompts": {"text encoders": sum(encoders)}}
+    for stage, more in (("pictures", {}), ("evaluation", {size: n for n, size in BYTES.items()})):
+        turns = rest | more
+        stages[stage] = weights | {turns[max(turns)]: max(turns)}
+    return stages, flops
 
 
 def check_room(plan: Plan, config: Config, out: Path) -> None:
@@ -256,6 +264,8 @@ def render(plan: Plan, config: Config, gpus: Gpus, measured: Measured | None = N
     for stage, parts in plan.memory.items():
         named = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items() if size)
         lines += [f"  {stage:18} {in_words(plan.peaks[stage]):>12}   {named}"] if parts else []
+    named = ", ".join(f"{name} {in_words(size)}" for name, size in plan.evaluation.items())
+    lines += [f"  {'rapm evaluate':18} {in_words(sum(plan.evaluation.values())):>12}   {named}"]
     lines += [f"{'Guided passes of the rollout':38} {plan.calls:>12,}"]
     if gpus or measured:
         head = f"Hours, at {SHARE_OF_PEAK:.0%} of a GPU's peak rate"

@@ -21,6 +21,7 @@ from rapm.network import STUDENT
 from rapm.prompts import is_hub
 from rapm.run import Run
 from rapm.sample import open_sampler
+from rapm.scores import scores_of
 from rapm.text import code_block, code_cell, code_span
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -74,10 +75,12 @@ TEACHER is the model it was distilled from, FOLDER is where this file is.
 Do not take DDIM in A1111 and Forge: it ignores the scheduler, and asks for timesteps that this LoRA
 was not trained on.
 
+{scores}
 ## Settings
 
 {settings}
 """
+SCORES_START, SCORES_END = "<!-- rapm: scores -->\n", "<!-- rapm: end of scores -->\n"
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,33 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         kohya_file=code_span(kohya_file),
         kohya_cell=code_cell(kohya_file),
         diffusers_file=DIFFUSERS_FILE,
+        scores=SCORES_START + scores_text(run) + SCORES_END,
         settings=code_block(
             settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"
         ),
     )
+
+
+def scores_text(run: Run) -> str:
+    """The scores of the newest checkpoint, as a card shows them; empty where there are none."""
+    parts = []
+    for scores in scores_of(run):
+        titles, rows = scores.cells()
+        lines = [titles, ["---"] * len(titles), *rows]
+        parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
+        parts += [code_span(scores.described()), "", *(f"{note}\n" for note in scores.notes)]
+    return "\n".join(["## Scores", "", *parts, ""]) if parts else ""
+
+
+def tell_scores(run: Run) -> None:
+    """Brings the scores into a card that is there; what else was written into it stays."""
+    card = run.export / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, start, rest = text.partition(SCORES_START)
+    _, end, after = rest.partition(SCORES_END)
+    told = before + start + scores_text(run) + end + after
+    if end and told != text:
+        write_text(card, told)
 
 
 def kohya_state(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

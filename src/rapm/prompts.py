@@ -121,15 +121,15 @@ def _seed(value: object) -> int | None:
 # ---- shipped prompts
 
 
-def shipped(count: int, seed: int) -> list[str]:
-    """The first ``count`` shipped prompts in the order of ``seed``: the same on every machine, and
-    the same first ones however many are asked for.
+def shipped(count: int | None, seed: int) -> list[str]:
+    """The first ``count`` shipped prompts in the order of ``seed``, or all: the same on every
+    machine, and the same first ones however many are asked for.
 
     Raises:
         UserError: the package has fewer.
     """
     prompts = read_text(Path(__file__).with_name("prompts.txt")).splitlines()
-    if count > len(prompts):
+    if count and count > len(prompts):
         raise UserError(f"{count:,} prompts are asked for; rapm has {len(prompts):,}")
     rng = Random(f"rapm prompts {seed}")  # random() alone is the same in every version of Python
     return sorted(prompts, key=lambda _: rng.random())[:count]

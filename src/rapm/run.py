@@ -2,7 +2,7 @@
 it.
 
 ``config.toml plan.txt trajectories/ metrics.jsonl checkpoints/ samples/ samples.jsonl report.html
-export/ scores.json``
+export/ scores-*.json``
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
         self.measures = folder / "samples.jsonl"
         self.export = folder / "export"
-        self.scores = folder / "scores.json"
         self.plan = folder / "plan.txt"
         self.page = folder / "report.html"
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # of what is logged

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rapm.config import Config
 from rapm.errors import UserError
 from rapm.io import under_prefix
 from rapm.memory import within_memory
@@ -24,7 +25,7 @@ from rapm.pictures import FEW_STEP_GUIDANCE, facts_of_picture, image_grid, to_pi
 from rapm.progress import track
 from rapm.prompts import read_prompts
 from rapm.run import Run
-from rapm.sampling import Conditioning, guided, picture_noise, sample
+from rapm.sampling import Conditioning, SchedulerName, guided, picture_noise, sample
 from rapm.trajectories import check_facts, stored_prompts
 
 MANY_STEPS, PICTURES = 100, 8
@@ -41,6 +42,7 @@ class Sampler:
         guidance_scale: the teacher's.
         size: of the pictures, (width, height) in pixels; None is the teacher's own.
         batch_size: pictures sampled side by side.
+        scheduler: see :func:`rapm.sampling.sample`.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Sampler:
         negative_prompt: str = "",
         size: tuple[int, int] | None = None,
         batch_size: int,
+        scheduler: SchedulerName = "ddim",
     ) -> None:
         self.teacher, self.backbone, self.guidance_scale = teacher, backbone, guidance_scale
         self.negative_prompt, self.batch_size = negative_prompt, batch_size
+        self.scheduler: SchedulerName = scheduler
         self.shape = teacher.latent_shape(size)
         self._of_size = teacher.family.of_size(*(size or teacher.size()))
         self._on_step: Callable[[], object] = lambda: None
@@ -103,13 +107,13 @@ class Sampler:
         """Latents [n, C, h, w] of prompt i from the noise of seed i.
 
         Args:
-            adapter: TEACHER, with guidance, or STUDENT, without.
-            guidance_scale: instead of the teacher's own.
+            adapter: TEACHER or STUDENT.
+            guidance_scale: instead of the teacher's own; a student has none.
         """
-        side_by_side = batch_size or self.batch_size
+        side_by_side, seeds = batch_size or self.batch_size, list(seeds)
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
         conditioning, unconditional = self.encode(prompts)
-        scale = (guidance_scale or self.guidance_scale) if adapter == TEACHER else 1.0
+        scale = guidance_scale or (self.guidance_scale if adapter == TEACHER else 1.0)
         denoiser, schedule = guided(self.backbone, unconditional, scale), self.teacher.schedule
 
         def told(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -123,7 +127,8 @@ class Sampler:
                 rows = slice(start, start + side_by_side)
                 own = {name: value[rows] for name, value in conditioning.items()}
                 noise = z[rows].to(self.backbone.device)
-                done.append(sample(told, schedule, noise, own, num_steps))
+                walk = noise, own, num_steps, self.scheduler, seeds[rows]
+                done.append(sample(told, schedule, *walk))
         return torch.cat(done)
 
     def images(
@@ -149,29 +154,37 @@ def open_sampler(run: Run, *, student: bool = True, step: int | None = None) -> 
     Raises:
         UserError: the run's teacher is gone or another than it was, or the run has no checkpoint.
     """
-    config, own = run.config, run.config.trajectories
+    config = run.config
     step, state = run.load_checkpoint(step) if student else (0, {})
     if student and not step:
         raise UserError(
             f"{run.folder} has no checkpoint yet; train it first with 'rapm train {run.folder}'"
         )
-    teacher = teacher_of(config)
-    family, settings = teacher.family, config.student
+    teacher, settings = teacher_of(config), config.student
     # Another network's student would be drawn.
     check_facts(run.trajectories, {"teacher": teacher.fingerprint})
-    network = teacher.load_network(config.torch_dtype, config.torch_device)
-    backbone = Backbone(network, family.call, family.lora_targets)
+    sampler = teachers_sampler(teacher, config)
     if student:
-        targets = settings.targets or family.lora_targets
+        backbone, targets = sampler.backbone, settings.targets or teacher.family.lora_targets
         backbone.add_adapter(STUDENT, settings.rank, targets, 0)
         backbone.load(STUDENT, learnt_weights(under_prefix(STUDENT, state)))
+    return sampler
+
+
+def teachers_sampler(
+    teacher: Teacher, config: Config, scheduler: SchedulerName = "ddim"
+) -> Sampler:
+    """Loads a teacher's network, to draw as a run's settings say."""
+    family, own = teacher.family, config.trajectories
+    network = teacher.load_network(config.torch_dtype, config.torch_device)
     return Sampler(
         teacher,
-        backbone,
+        Backbone(network, family.call, family.lora_targets),
         guidance_scale=own.guidance_scale,
         negative_prompt=own.negative_prompt,
         size=own.sizes()[0],
         batch_size=own.batch_size,  # what the rollout fits in, pictures fit in
+        scheduler=scheduler,
     )
 
 

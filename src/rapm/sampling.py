@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rapm.schedule import Schedule, trailing_timesteps
+from rapm.schedule import END, Schedule, trailing_timesteps
 
 Conditioning = Mapping[str, Tensor]
 """Network inputs that describe the prompt, each [B, ...]."""
 Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """``(z [B, C, H, W], t [B], conditioning) -> prediction [B, C, H, W]``; float32 in and out."""
+
+SchedulerName = Literal["ddim", "euler", "lcm"]
 
 
 class Step(NamedTuple):
@@ -83,12 +85,33 @@ def guided(denoiser: Denoiser, unconditional: Conditioning, guidance_scale: floa
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser, schedule: Schedule, z: Tensor, conditioning: Conditioning, num_steps: int
+    denoiser: Denoiser,
+    schedule: Schedule,
+    z: Tensor,
+    conditioning: Conditioning,
+    num_steps: int,
+    scheduler: SchedulerName = "ddim",
+    seeds: Sequence[int] = (),
 ) -> Tensor:
-    """From noise z to the end in ``num_steps`` trailing steps. All [B, C, H, W], float32."""
+    """From noise z to the end in ``num_steps`` trailing steps. All [B, C, H, W], float32.
+
+    Args:
+        scheduler: ``ddim``; ``euler``, the same steps but for the last, which ends where no noise
+            is left; or ``lcm``, which predicts the clean latent and adds noise again (arXiv
+            2310.04378, algorithm 3).
+        seeds: of the B pictures; ``lcm`` draws its noise by them.
+    """
     timesteps = trailing_timesteps(num_steps, schedule.num_train_timesteps)
-    for step in ddim(denoiser, schedule, z, timesteps, conditioning):
-        z = step.end
+    schedule = schedule if scheduler == "ddim" else schedule.ending_clean()
+    for k, (t, s) in enumerate(pairwise(timesteps)):
+        if scheduler != "lcm":
+            z = next(ddim(denoiser, schedule, z, (t, s), conditioning)).end
+            continue
+        z = next(ddim(denoiser, schedule, z, (t, END), conditioning)).end
+        if s != END:
+            own = [seeded(f"consistency sampling {seed} {k}") for seed in seeds]
+            noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in own])
+            z = schedule.add_noise(z, END, s, noise.to(z.device))
     return z
 
 

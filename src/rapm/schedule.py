@@ -15,7 +15,7 @@ Conventions, valid in the whole library:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -63,6 +63,11 @@ class Schedule:
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alpha_bar) - 1
+
+    def ending_clean(self) -> Schedule:
+        """The same with no noise left at the end of sampling, as Euler schedulers end."""
+        clean = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[1:]])
+        return replace(self, alpha_bar=clean)
 
     def alpha(self, t: Tensor | int, like: Tensor) -> Tensor:
         """alpha_t, float32, broadcastable over ``like`` [B, ...]; t is an int or int [B], END <= t

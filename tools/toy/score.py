@@ -138,21 +138,21 @@ def main() -> None:
         few[str(steps)] = {
             "fid": fid,
             "over_floor": fid / floor,
-            "caption_accuracy": float(measured.right.mean()),
+            "captions": float(measured.right.mean()),
         }
     card, lower = sampler.guidance_scale, list(before.get("lower_guidance", []))
     known = {(row["steps"], row["guidance_scale"]) for row in lower}
     for steps, scale in set(product(arguments.lower_at, arguments.lower)) - known:
         sampler.guidance_scale = scale
         measured = protocol.measure(sampler, oracle, TEACHER, steps, split)
-        lower.append(
-            {"steps": steps, "guidance_scale": scale} | protocol.compared(measured, teacher)
-        )
+        scores = protocol.compared(measured, teacher).items()
+        values = {name: score.value for name, score in scores}
+        lower.append({"steps": steps, "guidance_scale": scale} | values)
     figures = {
         "split": split,
         "guidance_scale": card,
-        "caption_accuracy": float(teacher.right.mean()),
-        "caption_accuracy_by_count": by_count,
+        "captions": float(teacher.right.mean()),
+        "captions_by_count": by_count,
         "fid_floor": floor,
         "few_steps": dict(sorted(few.items(), key=lambda item: int(item[0]))),
         "lower_guidance": sorted(lower, key=lambda row: (row["steps"], row["guidance_scale"])),

@@ -10,18 +10,17 @@ it. A few of its pictures are drawn again and compared, so that a stale referenc
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.evaluate.metrics import frechet_distance, pair_distance, sharpness
+from rapm.evaluate.metrics import Score, frechet, frechet_distance, mean, pair_distances, sharpness
+from rapm.evaluate.rows import TITLES, Row
 from rapm.io import load_tensors, save_tensors, under_prefix, with_prefix
 from rapm.network import STUDENT, TEACHER
 from rapm.progress import track
@@ -37,22 +36,6 @@ CAPTION_SEED = 7
 MANY_STEPS, FEW_STEPS = 100, 4  # the teacher's
 SEEDS = {"first": 1_000_000, "second": 2_000_000}  # picture i has seed SEEDS[...] + i
 _BATCH = 50
-
-
-@dataclass(frozen=True)
-class Row:
-    """Scores of one model at one number of steps; diversity and sharpness are ratios to the
-    teacher's at 100 steps."""
-
-    model: str
-    steps: int
-    guidance_scale: float
-    fid_to_teacher: float
-    caption_accuracy: float
-    diversity: float
-    sharpness: float
-    seconds_per_image: float
-    images: int
 
 
 @dataclass(frozen=True)
@@ -152,16 +135,17 @@ def measure(sampler: Sampler, oracle: Oracle, adapter: str, steps: int, split: S
     return gather([(job, draw(sampler, oracle, adapter, steps, split, job)) for job in batches])
 
 
-def compared(measured: Measured, many: Measured) -> dict[str, float]:
-    """What a model's pictures come to beside those of the teacher's ``many`` steps, by the names of
-    :class:`Row`."""
+def compared(measured: Measured, many: Measured) -> dict[str, Score]:
+    """What a model's pictures come to beside those of the teacher's ``many`` steps; diversity and
+    sharpness as shares of the teacher's."""
     pairs = len(measured.second)
+    apart = pair_distances(many.first[:pairs], many.second[:pairs]).mean()
+    own = pair_distances(measured.first[:pairs], measured.second)
     return {
-        "fid_to_teacher": frechet_distance(measured.first, many.second),
-        "caption_accuracy": float(measured.right.mean()),
-        "diversity": pair_distance(measured.first[:pairs], measured.second)
-        / pair_distance(many.first[:pairs], many.second[:pairs]),
-        "sharpness": float(measured.sharp.mean() / many.sharp.mean()),
+        "fid": frechet(measured.first, many.second),
+        "captions": mean(measured.right),
+        "diversity": mean(own / apart),
+        "sharpness": mean(measured.sharp / many.sharp.mean()),
     }
 
 
@@ -212,7 +196,7 @@ def score(sampler: Sampler, split: Split, student_steps: int) -> list[Row]:
                 guidance_scale=sampler.guidance_scale if adapter == TEACHER else 1.0,
                 seconds_per_image=seconds,
                 images=len(measured.first),
-                **compared(measured, many),
+                scores=compared(measured, many),
             )
         )
     return rows
@@ -224,45 +208,17 @@ THRESHOLDS = {"rapm": (0.35, 0.66), "midpoint": (0.30, 0.74)}  # FID, captions
 RATIO = 0.9  # of diversity and sharpness
 
 
-def against_thresholds(rows: list[Row], method: str) -> tuple[list[str], bool]:
+def against_thresholds(rows: Sequence[Row], method: str) -> tuple[list[str], bool]:
     """What a student has and what it must have, as a table of lines; and whether it has it all."""
-    student, (fid, captions_right) = rows[-1], THRESHOLDS[method]
-    compared = [("FID", student.fid_to_teacher, "<=", fid, student.fid_to_teacher <= fid)]
-    compared += [
-        (name, value, ">=", least, value >= least)
-        for name, value, least in (
-            ("captions", student.caption_accuracy, captions_right),
-            ("diversity", student.diversity, RATIO),
-            ("sharpness", student.sharpness, RATIO),
-        )
-    ]
+    asked = dict(zip(("fid", "captions"), THRESHOLDS[method], strict=True))
+    asked |= {"diversity": RATIO, "sharpness": RATIO}
+    compared = []
+    for name, wanted in asked.items():
+        value, sign = rows[-1].scores[name].value, "<=" if name == "fid" else ">="
+        reached = value <= wanted if name == "fid" else value >= wanted
+        compared.append((TITLES[name][0], value, sign, wanted, reached))
     lines = [f"{'threshold':10} {'student':>8} {'asked':>9}  reached"] + [
         f"{name:10} {value:8.3f} {sign} {asked:6.3f}  {'yes' if reached else 'no'}"
         for name, value, sign, asked, reached in compared
     ]
     return lines, all(reached for *_, reached in compared)
-
-
-def scored(file: Path, checkpoint: str) -> list[Row] | None:
-    """The rows of a file of scores; None where it is of another checkpoint or version, or none."""
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        if (known["checkpoint"], known["versions"]["rapm"]) == (checkpoint, version("rapm")):
-            return [Row(**row) for row in known["rows"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    return None
-
-
-def render(rows: list[Row]) -> list[str]:
-    """The rows as a table of lines."""
-    lines = [
-        f"{'model':8} {'steps':>5} {'guidance':>8} {'FID':>7} {'captions':>8} {'diversity':>9} "
-        f"{'sharpness':>9} {'s/image':>8}"
-    ]
-    return lines + [
-        f"{row.model:8} {row.steps:5d} {row.guidance_scale:8.1f} {row.fid_to_teacher:7.3f} "
-        f"{row.caption_accuracy:8.3f} {row.diversity:9.3f} {row.sharpness:9.3f} "
-        f"{row.seconds_per_image:8.3f}"
-        for row in rows
-    ]

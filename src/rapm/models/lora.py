@@ -26,7 +26,7 @@ from rapm.models import Family
 from rapm.models.sources import header_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_HALF = re.compile(r"(.+)[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight")
+_HALF = re.compile(r"(.+)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default)?\.weight")
 _ALPHA = re.compile(r"(.+?)(?:[._]lora)?\.alpha")
 _KINDS = {"dora": "a DoRA", "magnitude": "a DoRA", "hada": "a LoHa", "lokr": "a LoKr"}
 _PAIR = ("down", "up")
@@ -40,8 +40,11 @@ class Lora:
     strength: float
 
 
-def find_lora(text: str) -> Lora:
+def find_lora(text: str, *, pickles: bool = False) -> Lora:
     """``FILE`` or ``FILE:STRENGTH``.
+
+    Args:
+        pickles: whether a pickle will do, of which tensors alone are read.
 
     Raises:
         UserError: there is no such file, or it is no plain LoRA.
@@ -51,7 +54,7 @@ def find_lora(text: str) -> Lora:
         file, strength = (Path(name), float(last)) if name else (Path(text), 1.0)
     except ValueError:  # the colon belongs to the path
         file, strength = Path(text), 1.0
-    if file.suffix.lower() in PICKLES:
+    if file.suffix.lower() in PICKLES and not pickles:
         raise UserError(
             f"LoRA {file} is a pickle, which may run code when it is opened; convert it to "
             f".safetensors first"
@@ -60,7 +63,7 @@ def find_lora(text: str) -> Lora:
         raise UserError(f"there is no LoRA file {file}; write FILE or FILE:STRENGTH")
     if not math.isfinite(strength):
         raise UserError(f"LoRA {file}: its strength is {strength}, which is no number")
-    header = header_of(file)
+    header = read_lora(file) if file.suffix.lower() in PICKLES else header_of(file)
     if not header:
         raise UserError(f"LoRA {file} holds no tensor")
     for name, value in header.items():
@@ -76,6 +79,27 @@ def find_lora(text: str) -> Lora:
                 + (kind and f" but {kind}'s")
             )
     return Lora(file, strength)
+
+
+def read_lora(file: Path) -> dict[str, Tensor]:
+    """All tensors of a LoRA's file; of a pickle's, which builds nothing else.
+
+    Raises:
+        UserError: a pickle is damaged, or holds anything but tensors by name.
+    """
+    if file.suffix.lower() not in PICKLES:
+        return load_tensors(file)
+    try:
+        told = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a file that is anything
+        raise UserError(f"LoRA {file} holds no plain tensors: {first_line(error)}") from None
+    if not isinstance(told, dict):
+        raise UserError(f"LoRA {file} holds no tensors by name")
+    if len(told) == 1 and isinstance(inner := next(iter(told.values())), dict):  # "state_dict"
+        told = inner
+    if not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in told.items()):
+        raise UserError(f"LoRA {file} holds something else than tensors by name")
+    return {name.removeprefix("base_model.model."): value for name, value in told.items()}
 
 
 @torch.no_grad()
@@ -103,9 +127,10 @@ def fuse(lora: Lora, models: Mapping[str, nn.Module], family: Family, source: st
 
 
 def _fuse(lora: Lora, models: Mapping[str, nn.Module], family: Family, refused: str) -> None:
-    described = json.loads(load_metadata(lora.file).get("lora_adapter_metadata", "{}"))
+    told = {} if lora.file.suffix.lower() in PICKLES else load_metadata(lora.file)
+    described = json.loads(told.get("lora_adapter_metadata", "{}"))
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, value in load_tensors(lora.file).items():
+    for name, value in read_lora(lora.file).items():
         layer, half = _split(name)
         grouped[layer][half] = value
     places = {part: _names(part, model, family) for part, model in models.items()}

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from rapm import settings
 from rapm.config import unread
-from rapm.evaluate.toy import Row, scored
+from rapm.evaluate.rows import Scores
 from rapm.export import exported
 from rapm.io import read, write_text
 from rapm.report.charts import Line, chart, smooth
 from rapm.run import Run
 from rapm.samples import FEW, MANY, OF_STUDENT, OF_TEACHER, cut, drawn_iterations, row_file
+from rapm.scores import scores_of
 from rapm.signs import find_signs
 from rapm.status import training_seconds
 from rapm.trajectories import stored_prompts
@@ -55,6 +57,7 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
         runs=shown,
         compared=comparison(shown) if several else [],
         differing=differences(runs) if several else [],
+        scored=side_by_side(shown) if several else [],
         version=version("rapm"),
     )
     write_text(file, text)
@@ -217,6 +220,30 @@ def comparison(shown: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def side_by_side(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Students' scores by each protocol that two runs or more have. Where they were not scored by
+    the same choices, what differs is told instead."""
+    found = []
+    names = dict.fromkeys(s.protocol["name"] for run in shown for s in run["scores"])
+    for name in names:
+        own = [
+            (f"{place + 1} {run['name']}", scores)
+            for place, run in enumerate(shown)
+            for scores in run["scores"]
+            if scores.protocol["name"] == name
+        ]
+        first = own[0][1].protocol
+        keys = {key for _, scores in own for key in scores.protocol}
+        differ = sorted(
+            key for key in keys if any(s.protocol.get(key) != first.get(key) for _, s in own)
+        )
+        rows = [replace(scores.rows[-1], model=title) for title, scores in own]
+        if len(own) > 1:
+            table = Scores(first, rows).cells()
+            found.append({"name": name, "differ": differ, "table": table})
+    return found
+
+
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs: key, and the value of each."""
     flat = []
@@ -230,11 +257,6 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 # ---- the rest
-
-
-def scores_of(run: Run) -> list[Row]:
-    """Of the newest checkpoint, if it was scored."""
-    return scored(run.scores, run.newest_checkpoint()[1]) or [] if run.scores.is_file() else []
 
 
 def files_of(run: Run) -> dict[str, str]:

@@ -1,0 +1,190 @@
+"""The command that scores: a run's student, or a LoRA that was made elsewhere."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rapm.commands import leave_busy_cores, print_files
+from rapm.errors import UserError
+from rapm.options import with_settings
+
+CACHE = "~/.cache/rapm"
+
+
+class Protocol(StrEnum):
+    TOY = "toy"
+    TEACHER = "teacher"
+    COCO = "coco"
+    IMAGES = "images"
+
+
+class Split(StrEnum):
+    TEST = "test"
+    VALIDATION = "validation"
+
+
+class Scheduler(StrEnum):
+    DDIM = "ddim"
+    EULER = "euler"
+    LCM = "lcm"
+
+
+class Reference(StrEnum):
+    ALL = "all"
+    PAIRED = "paired"
+
+
+# Options that only some protocols read.
+READ_BY = {
+    "split": "toy",
+    "check": "toy",
+    "captions": "teacher coco images",
+    "images": "coco images",
+    "count": "teacher coco images",
+    "resize": "coco images",
+    "reference": "coco images",
+    "prefix": "teacher coco images",
+    "many_steps": "teacher coco images",
+    "with_teacher": "coco images",
+    "weights": "teacher coco images",
+    "cache": "teacher coco images",
+    "steps": "teacher coco images",
+    "scheduler": "teacher coco images",
+    "guidance": "teacher coco images",
+}
+
+
+@with_settings
+def evaluate(
+    chosen: Any,
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|LORA", help="A run's folder, or a LoRA's file.")
+    ],
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(help="What to compare with; toy for toy runs, else teacher, when left out."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of inception-2015-12-05.pt, and of clip/ and pickscore/."),
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="COCO's or Karpathy's .json, metadata.jsonl, or a text a line."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of real pictures.")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=2, help="Captions: teacher 2,500, coco 30,000, images all."),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(min=8, max=4096, help="Resize all pictures to so many pixels before."),
+    ] = None,
+    reference: Annotated[
+        Reference | None, typer.Option(help="All real pictures, or those of the captions.")
+    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Before each text that CLIP reads.")] = None,
+    many_steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="The teacher's; 50 when left out.")
+    ] = None,
+    with_teacher: Annotated[
+        bool, typer.Option("--with-teacher", help="Score the teacher beside it, as 'teacher' does.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="The student's; N, or a LoRA's 4, when left out."),
+    ] = None,
+    scheduler: Annotated[
+        Scheduler | None, typer.Option(help="The student's; ddim when left out.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0.1, max=100, help="The student's; 1, none, when left out.")
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Toy captions: 'test' to report, 'validation' to tune on.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 when a toy student misses a threshold.")
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help=f"Folder of what was read off pictures; {CACHE} when left out."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The .json to write of a LoRA's scores.")] = None,
+) -> None:
+    """Score a student beside its teacher, or pictures of a LoRA made elsewhere."""
+    given = locals()
+    from rapm.evaluate.protocols import MANY_STEPS, Choices
+    from rapm.export import tell_scores
+    from rapm.models.resolve import teacher_of
+    from rapm.report import write_report
+    from rapm.run import Run
+    from rapm.scores import evaluate_lora, evaluate_run, evaluate_toy
+
+    is_lora = target.is_file()
+    if not is_lora:
+        for option in chosen.keywords:
+            name = option.replace("_", "-")
+            raise UserError(f"{target} has its own settings; --{name} goes with a LoRA's file")
+        if out:
+            raise UserError("--out goes with a LoRA's file; a run keeps its scores in its folder")
+    run = None if is_lora else Run.existing(target)
+    config = chosen() if run is None else run.config
+    leave_busy_cores(config)
+    if protocol is None:
+        is_toy = run is not None and teacher_of(config).captions is not None
+        protocol = Protocol.TOY if is_toy else Protocol.TEACHER
+    for name, readers in READ_BY.items():
+        if given[name] not in (None, False) and protocol not in readers.split():
+            raise UserError(
+                f"--{name.replace('_', '-')} is read by protocol {' and '.join(readers.split())}, "
+                f"not by {protocol}"
+            )
+    reached = True
+    if protocol == Protocol.TOY:
+        if run is None:
+            raise UserError("protocol toy scores runs of the toy teacher, not LoRA files")
+        lines, reached = evaluate_toy(run, (split or Split.TEST).value)
+    else:
+        if weights is None:
+            from rapm.evaluate.features import WHERE
+
+            raise UserError(
+                f"--weights DIR is missing, a folder of networks that read pictures: {WHERE}"
+            )
+        choices = Choices(
+            protocol.value,
+            captions=captions,
+            images=images,
+            count=count,
+            resize=resize,
+            reference=(reference or Reference.ALL).value,
+            prefix=prefix or "",
+            many_steps=many_steps or MANY_STEPS,
+            with_teacher=with_teacher,
+        )
+        shared: dict[str, Any] = {
+            "weights": weights,
+            "cache": Path(os.path.expanduser(cache or CACHE)),
+            "scheduler": (scheduler or Scheduler.DDIM).value,
+            "guidance_scale": guidance or 1.0,
+        }
+        if run is not None:
+            lines = evaluate_run(run, choices, steps=steps, **shared)
+        else:
+            file = out or target.with_name(f"{target.stem}-scores-{protocol}.json")
+            shared |= {"file": file, "steps": steps or 4}
+            lines = evaluate_lora(target, config, choices, **shared)
+    print("\n".join(lines))
+    if run is not None:
+        write_report([run], run.page)
+        tell_scores(run)
+        print_files(run)
+    if check and not reached:
+        raise typer.Exit(1)
