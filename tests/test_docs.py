@@ -17,7 +17,7 @@ import rapm.cli
 import settings_page
 from conftest import make_lora
 from ldm import save_single_file
-from rapm import estimate, measure, sample, scores, settings, train
+from rapm import estimate, measure, sample, scores, settings, train, ui
 from rapm.config import Config
 from rapm.evaluate import toy
 from rapm.models import resolve, sources
@@ -86,6 +86,8 @@ def small_world(
         (sample, "sample", lambda *given: walk(*given[:4], 2, *given[5:])),
         (scores, "_evaluate", lambda config, choices, *_, **__: [choices.name]),
         (toy, "score", lambda *_: rows),
+        (ui, "build", lambda *_: None),
+        (ui, "serve", lambda *_: None),
     ):
         monkeypatch.setattr(owner, name, other)
     return tmp_path

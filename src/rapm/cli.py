@@ -23,6 +23,7 @@ from rapm.commands import (
     prompts,
     report,
     sample,
+    ui,
 )
 from rapm.errors import UserError
 from rapm.evaluating import evaluate
@@ -205,7 +206,7 @@ def export(run: RunArgument) -> None:
     print_files(opened)
 
 
-for _command in (sample, evaluate, report, plan, presets, doctor, prompts):
+for _command in (sample, evaluate, report, ui, plan, presets, doctor, prompts):
     app.command()(_command)
 
 

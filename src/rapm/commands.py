@@ -101,6 +101,21 @@ def report(
     print(f"Page: {write_report(opened, out or opened[0].page)}")
 
 
+def ui(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs, or a run's.")],
+    host: Annotated[
+        str, typer.Option(help="Address; 0.0.0.0 shows it to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
+) -> None:
+    """Runs in the browser: how far each is, its pictures and curves, prompts drawn now."""
+    from rapm.ui import build, serve
+
+    build(folder)  # what is missing is told before
+    print(f"http://{host}:{port} shows the runs in {folder}; Ctrl-C ends it")
+    serve(folder, host, port)
+
+
 # ---- about no run
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rapm.config import Config
@@ -49,6 +50,23 @@ def files_of(run: Run) -> list[str]:
     # Rows of iterations.png, and what the page alone shows.
     rows = ("iteration-", "teacher", "trajectory-")
     return lines + [f"Picture: {p}" for p in pictures if not p.name.startswith(rows)]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is. ``done`` and ``total`` are iterations; ``gone`` and ``left`` hours."""
+
+    done: int
+    total: int
+    gone: float
+    left: float
+
+
+def progress_of(config: Config, records: Sequence[Mapping[str, Any]]) -> Progress:
+    """By the metrics of a run."""
+    done, total = (records[-1]["iteration"] + 1 if records else 0), config.training.iterations
+    gone = training_seconds(records) / 3600
+    return Progress(done, total, gone, gone / done * (total - done) if done else 0.0)
 
 
 def training_seconds(records: Iterable[Mapping[str, Any]]) -> float:

@@ -90,12 +90,13 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def ticks_of_log(low: float, high: float) -> list[float]:
-    """Round numbers from 10^low to 10^high: powers of ten, and 2 and 5 times these if few."""
+    """Round numbers from 10^low to 10^high: powers of ten, and 2 and 5 times these if few;
+    other round numbers if still few."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     each = (1, 2, 5) if high - low < 2.5 else (1,)
     found = [round(k * 10**n, 12) if n > -12 else k * 10.0**n for n in powers for k in each]
     found = [y for y in found if low <= math.log10(y) <= high]
-    return found if len(found) > 1 else [10**low, 10**high]
+    return found if len(found) > 1 else ticks(10**low, 10**high)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from rapm.run import Run
 from rapm.samples import FEW, MANY, OF_STUDENT, OF_TEACHER, cut, drawn_iterations, row_file
 from rapm.scores import scores_of
 from rapm.signs import find_signs
-from rapm.status import training_seconds
+from rapm.status import progress_of
 from rapm.trajectories import stored_prompts
 
 LARGE, SMALL = 384, 128  # pixels of a picture's longer side: to compare, and in the grid
@@ -67,18 +67,14 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
 def about(run: Run) -> dict[str, Any]:
     """All that is said about one run."""
     config, metrics, samples = run.config, run.read_metrics(), run.read_samples()
-    done, total = (metrics[-1]["iteration"] + 1 if metrics else 0), config.training.iterations
-    seconds = training_seconds(metrics)
+    progress = progress_of(config, metrics)
     return {
         "name": run.folder.resolve().name,
         "method": config.method,
         "teacher": os.path.basename(config.teacher),
         "steps": config.trajectories.slots,
         "guidance": config.trajectories.guidance_scale,
-        "done": done,
-        "total": total,
-        "hours": seconds / 3600,
-        "left": seconds / done * (total - done) / 3600 if done else 0.0,
+        "progress": progress,
         "memory": max((record.get("memory_gib", 0.0) for record in samples), default=0.0),
         "signs": find_signs(config, metrics, samples),
         "charts": charts(metrics, samples, config.training.gradient_clip),
