@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,47 +15,20 @@ from rapm.options import with_settings
 CACHE = "~/.cache/rapm"
 
 
-class Protocol(StrEnum):
-    TOY = "toy"
-    TEACHER = "teacher"
-    COCO = "coco"
-    IMAGES = "images"
+# Options that not every protocol reads.
+OF_TOY = ("split", "check")
+OF_REAL_PICTURES = ("images", "resize", "reference", "with_teacher")
+OF_NETWORKS = (
+    *("weights", "captions", "count", "prefix", "many_steps", "steps", "scheduler", "guidance"),
+    *("cache", *OF_REAL_PICTURES),
+)
 
 
-class Split(StrEnum):
-    TEST = "test"
-    VALIDATION = "validation"
-
-
-class Scheduler(StrEnum):
-    DDIM = "ddim"
-    EULER = "euler"
-    LCM = "lcm"
-
-
-class Reference(StrEnum):
-    ALL = "all"
-    PAIRED = "paired"
-
-
-# Options that only some protocols read.
-READ_BY = {
-    "split": "toy",
-    "check": "toy",
-    "captions": "teacher coco images",
-    "images": "coco images",
-    "count": "teacher coco images",
-    "resize": "coco images",
-    "reference": "coco images",
-    "prefix": "teacher coco images",
-    "many_steps": "teacher coco images",
-    "with_teacher": "coco images",
-    "weights": "teacher coco images",
-    "cache": "teacher coco images",
-    "steps": "teacher coco images",
-    "scheduler": "teacher coco images",
-    "guidance": "teacher coco images",
-}
+def _check_read(protocol: str, given: dict[str, Any]) -> None:
+    unread = {"toy": OF_NETWORKS, "teacher": (*OF_TOY, *OF_REAL_PICTURES)}.get(protocol, OF_TOY)
+    for name in unread:
+        if given[name] not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} is not read by protocol {protocol}")
 
 
 @with_settings
@@ -66,7 +38,7 @@ def evaluate(
         Path, typer.Argument(metavar="RUN|LORA", help="A run's folder, or a LoRA's file.")
     ],
     protocol: Annotated[
-        Protocol | None,
+        Literal["toy", "teacher", "coco", "images"] | None,
         typer.Option(help="What to compare with; toy for toy runs, else teacher, when left out."),
     ] = None,
     weights: Annotated[
@@ -87,7 +59,8 @@ def evaluate(
         typer.Option(min=8, max=4096, help="Resize all pictures to so many pixels before."),
     ] = None,
     reference: Annotated[
-        Reference | None, typer.Option(help="All real pictures, or those of the captions.")
+        Literal["all", "paired"] | None,
+        typer.Option(help="All real pictures, or those of the captions."),
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="Before each text that CLIP reads.")] = None,
     many_steps: Annotated[
@@ -101,13 +74,15 @@ def evaluate(
         typer.Option(min=1, max=1000, help="The student's; N, or a LoRA's 4, when left out."),
     ] = None,
     scheduler: Annotated[
-        Scheduler | None, typer.Option(help="The student's; ddim when left out.")
+        Literal["ddim", "euler", "lcm"] | None,
+        typer.Option(help="The student's; ddim when left out."),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0.1, max=100, help="The student's; 1, none, when left out.")
     ] = None,
     split: Annotated[
-        Split | None, typer.Option(help="Toy captions: 'test' to report, 'validation' to tune on.")
+        Literal["test", "validation"] | None,
+        typer.Option(help="Toy captions: 'test' to report, 'validation' to tune on."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Exit with 1 when a toy student misses a threshold.")
@@ -134,23 +109,21 @@ def evaluate(
             raise UserError(f"{target} has its own settings; --{name} goes with a LoRA's file")
         if out:
             raise UserError("--out goes with a LoRA's file; a run keeps its scores in its folder")
+    for name in ("method", "prompts"):
+        if name in chosen.keywords:
+            raise UserError(f"--{name} is not read here: a LoRA is made already")
     run = None if is_lora else Run.existing(target)
     config = chosen() if run is None else run.config
     leave_busy_cores(config)
     if protocol is None:
         is_toy = run is not None and teacher_of(config).captions is not None
-        protocol = Protocol.TOY if is_toy else Protocol.TEACHER
-    for name, readers in READ_BY.items():
-        if given[name] not in (None, False) and protocol not in readers.split():
-            raise UserError(
-                f"--{name.replace('_', '-')} is read by protocol {' and '.join(readers.split())}, "
-                f"not by {protocol}"
-            )
+        protocol = "toy" if is_toy else "teacher"
+    _check_read(protocol, given)
     reached = True
-    if protocol == Protocol.TOY:
+    if protocol == "toy":
         if run is None:
             raise UserError("protocol toy scores runs of the toy teacher, not LoRA files")
-        lines, reached = evaluate_toy(run, (split or Split.TEST).value)
+        lines, reached = evaluate_toy(run, split or "test")
     else:
         if weights is None:
             from rapm.evaluate.features import WHERE
@@ -159,12 +132,12 @@ def evaluate(
                 f"--weights DIR is missing, a folder of networks that read pictures: {WHERE}"
             )
         choices = Choices(
-            protocol.value,
+            protocol,
             captions=captions,
             images=images,
             count=count,
             resize=resize,
-            reference=(reference or Reference.ALL).value,
+            reference=reference or "all",
             prefix=prefix or "",
             many_steps=many_steps or MANY_STEPS,
             with_teacher=with_teacher,
@@ -172,7 +145,7 @@ def evaluate(
         shared: dict[str, Any] = {
             "weights": weights,
             "cache": Path(os.path.expanduser(cache or CACHE)),
-            "scheduler": (scheduler or Scheduler.DDIM).value,
+            "scheduler": scheduler or "ddim",
             "guidance_scale": guidance or 1.0,
         }
         if run is not None:
