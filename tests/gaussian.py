@@ -24,8 +24,9 @@ from rapm.schedule import Schedule
 def alpha_sigma(schedule: Schedule, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t in float64, broadcastable over ``like`` [B, C, H, W]; t is an int or int
     [B]."""
-    alpha_bar = schedule.alpha_bar[torch.as_tensor(t) + 1].reshape(-1, *[1] * (like.ndim - 1))
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    rows = torch.as_tensor(t) + 1
+    shape = -1, *[1] * (like.ndim - 1)
+    return schedule.alphas[rows].reshape(shape), schedule.sigmas[rows].reshape(shape)
 
 
 @dataclass(frozen=True)

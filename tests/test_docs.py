@@ -8,6 +8,7 @@ import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,8 +87,7 @@ def small_world(
         (sample, "sample", lambda *given: walk(*given[:4], 2, *given[5:])),
         (scores, "_evaluate", lambda config, choices, *_, **__: [choices.name]),
         (toy, "score", lambda *_: rows),
-        (ui, "build", lambda *_: None),
-        (ui, "serve", lambda *_: None),
+        (ui, "serve", lambda *_: SimpleNamespace(block_thread=lambda: None)),
     ):
         monkeypatch.setattr(owner, name, other)
     return tmp_path

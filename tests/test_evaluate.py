@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +18,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from conftest import make_pipeline
+from conftest import changed, make_pipeline
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.evaluate.captions import Captions, captions_beside, chosen, read_captions
+from rapm.evaluate.captions import (
+    Captions,
+    captions_beside,
+    chosen,
+    open_picture,
+    read_captions,
+)
 from rapm.evaluate.drawing import Gallery, Model, Samplers
 from rapm.evaluate.features import CLIP, INCEPTION, PICKSCORE, Inception, Reader, centre, resized
 from rapm.evaluate.metrics import frechet_distance, pair_distances
 from rapm.evaluate.protocols import Choices, open_task
-from rapm.evaluate.rows import Scores
-from rapm.export import export_run
+from rapm.evaluate.rows import Row, Scores
+from rapm.export import export_run, tell_scores
 from rapm.io import sha256
 from rapm.models.resolve import teacher_of
 from rapm.network import STUDENT, TEACHER
@@ -178,6 +185,8 @@ def test_text_fit_is_the_models_own_similarity(weights: Path) -> None:
         expected = logits.diag() * factor / np.exp(3.0)
         torch.testing.assert_close(found[name], expected.float(), atol=1e-4, rtol=1e-4)
     assert reader.marks.keys() == {"inception", "clip", "pickscore"}
+    assert Reader(weights, "cpu", prefix="b ").facts != reader.facts
+    assert Reader(weights, "cpu", prefix="a ").facts == reader.facts
     assert "patches" not in found and found["features"].shape == (2, FEATURES)
 
 
@@ -245,14 +254,17 @@ def test_karpathys_file_is_its_test_split(tmp_path: Path) -> None:
 
 
 def test_other_lists(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("a dog\n\n a cat \n")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa dog\n\n a cat \n")
     assert read_captions(tmp_path / "list.txt") == [("a dog", ""), ("a cat", "")]
     pictures = some_pictures(tmp_path / "pictures", 2)
     for k, picture in enumerate(pictures):
         picture.with_suffix(".txt").write_text(f"number {k}\n")
     expected: Captions = [(f"number {k}", picture.name) for k, picture in enumerate(pictures)]
     assert captions_beside(tmp_path / "pictures") == expected
-    rows = [json.dumps({"file_name": name, "text": text}) for text, name in expected]
+    expected[0] = "number\u2028 0", expected[0][1]
+    told = [{"file_name": name, "text": text} for text, name in expected]
+    expected[0] = "number 0", expected[0][1]
+    rows = [json.dumps(row, ensure_ascii=False) for row in told]
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(rows))
     pictures[0].with_suffix(".txt").unlink()
     assert captions_beside(tmp_path / "pictures") == expected
@@ -277,6 +289,10 @@ def test_the_choice_of_captions_is_always_the_same() -> None:
         ("a.jsonl", '{"file_name": "a.png"}', "'text'"),
         ("a.txt", "\n \n", "holds no caption"),
         ("a.txt", None, "there is no file"),
+        ("a.json", "[" * 100_000, "RecursionError"),
+        ("a.jsonl", '{"file_name": ["a"], "text": "b"}', "no text"),
+        ("a.jsonl", '{"file_name": "a", "text": " "}', "no text"),
+        ("a.jsonl", '{"file_name": "a", "text": "\\ud83d"}', "no text"),
     ],
 )
 def test_captions_that_are_none(tmp_path: Path, name: str, content: str | None, line: str) -> None:
@@ -309,6 +325,10 @@ def test_wrong_pictures_are_one_line(run: Run, weights: Path, tmp_path: Path) ->
     pictures[2].unlink()
     with pytest.raises(UserError, match="two captions and two pictures"):
         asked(images=folder, captions=captions)
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(pictures[0])
+    with pytest.raises(UserError, match="more than 8 bits a channel"):
+        open_picture(pictures[0])
     pictures[0].write_bytes(b"no picture")
     gallery = Gallery(Reader(weights, "cpu"), None, tmp_path / "cache")
     with pytest.raises(UserError, match="is no picture, or damaged"):
@@ -414,9 +434,29 @@ def test_protocol_images_of_a_lora(run: Run, weights: Path, tmp_path: Path) -> N
         assert found.rows[0].model == file.stem
         for name, score in own.rows[0].scores.items():
             assert found.rows[0].scores[name].value == pytest.approx(score.value, rel=1e-3)
-    evaluate_lora(exported, config, choices, file=out, steps=2, scheduler="lcm", **given)
-    other = Scores.load(out, {})
-    assert other and other.rows[0].scores["kid"] != own.rows[0].scores["kid"]
+    before = own.rows[0].scores
+
+    def again(**other: Any) -> Row:
+        evaluate_lora(exported, other.pop("config", config), choices, file=out, **given, **other)
+        found = Scores.load(out, {})
+        assert found
+        return found.rows[0]
+
+    assert again(steps=2, scheduler="lcm").model == "pytorch_lora_weights, lcm"
+    negative = changed(config, trajectories={"negative_prompt": "ugly"})
+    guided = again(steps=2, guidance_scale=3.0).scores
+    ugly = again(steps=2, guidance_scale=3.0, config=negative).scores
+    for scores in (again(steps=2, scheduler="lcm").scores, again(steps=1).scores, guided):
+        assert scores["kid"] != before["kid"]
+    assert ugly["kid"] != guided["kid"]
+    assert again(steps=2).scores["kid"].value == pytest.approx(before["kid"].value, rel=1e-3)
+    Image.new("RGB", (40, 40)).save(pictures[3])  # other real pictures, as many as before
+    assert again(steps=2).scores["kid"].value != pytest.approx(before["kid"].value, rel=1e-3)
+    with pytest.raises(UserError, match="scores are JSON, and replace nothing but scores"):
+        evaluate_lora(exported, config, choices, file=exported, **given)
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(UserError, match="scores are JSON, and replace nothing but scores"):
+        evaluate_lora(exported, config, choices, file=tmp_path / "a.json", **given)
     # Nothing but tensors is built of a pickle.
     torch.save({"a": Path("a")}, pickled)
     with pytest.raises(UserError, match="holds no plain tensors"):
@@ -439,6 +479,9 @@ def test_protocol_images_of_a_lora(run: Run, weights: Path, tmp_path: Path) -> N
         ("RUN --out a.json", "--out goes with a LoRA's file"),
         ("LORA --protocol toy", "protocol toy scores runs of the toy teacher, not LoRA files"),
         ("none", "none holds no run"),
+        ("none.safetensors --teacher toy", "there is no LoRA file none.safetensors"),
+        ("LORA --prompts a.txt", "--prompts is not read here: a LoRA is made already"),
+        ("RUN --protocol coco --many-steps 3", "--many-steps are the teacher's"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -468,6 +511,7 @@ def test_scores_come_into_page_and_card(
     (tmp_path / "list.txt").write_text("\n".join(f"a blue ring {k}" for k in range(6)))
     card = run.export / "README.md"
     card.write_text(card.read_text() + "\nMy own words.\n")
+    places = {"weights": weights, "cache": tmp_path / "cache"}
     given = f"evaluate {run.folder} --weights {weights} --captions {tmp_path / 'list.txt'}"
     given += f" --many-steps 2 --cache {tmp_path / 'cache'}"
     monkeypatch.setattr(sys, "argv", ["rapm", *given.split()])
@@ -485,6 +529,18 @@ def test_scores_come_into_page_and_card(
     assert f"{scores.protocol['inception_sha256']}" in page
     export_run(run)  # anew: with the scores of its checkpoint
     assert f"| {' | '.join(student)} |" in card.read_text()
+    # A newer checkpoint's scores are not the exported LoRA's.
+    _, tensors = run.load_checkpoint()
+    run.save_checkpoint(3, tensors)
+    try:
+        text = card.read_text()
+        evaluate_run(
+            run, Choices("teacher", captions=tmp_path / "list.txt", many_steps=1), **places
+        )
+        tell_scores(run)
+        assert card.read_text() == text
+    finally:
+        (run.checkpoints / "step-00000003.safetensors").unlink()
 
 
 def test_one_network_is_held_at_a_time(run: Run, tmp_path: Path, weights: Path) -> None:

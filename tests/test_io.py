@@ -118,7 +118,7 @@ def test_a_file_and_its_name_are_on_the_disk_before_and_after_it_is_renamed(tmp_
     monkeypatch.setattr(Path, "replace", renamed)
     (tmp_path / "x").mkdir()
     write_text(tmp_path / "x" / "a", "")
-    assert did == ["sync .a.partial", "rename a", "sync x"]
+    assert did == [f"sync .a.{os.getpid()}.partial", "rename a", "sync x"]
     did.clear()
     with files_together(tmp_path / "x") as folder:
         (folder / "b").write_text("")

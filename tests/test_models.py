@@ -426,7 +426,7 @@ def test_a_checkpoint_that_says_zero_terminal_snr_is_believed(
     scheduler.write_text(json.dumps(config))
     assert "whose scheduler has rescale_betas_zero_snr true" in refused(file, config=str(layout))
     scheduler.write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
-    assert float(resolve_teacher(str(file), config=str(layout)).schedule.alpha_bar[-1]) < 1e-7
+    assert float(resolve_teacher(str(file), config=str(layout)).schedule.alphas[-1]) ** 2 < 1e-7
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -542,7 +542,7 @@ def test_noise_predicted_at_zero_terminal_snr_is_refused(
     assert "zero terminal SNR with epsilon" in refused(tmp_path / "teacher")
     file.write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
     teacher = resolve_teacher(str(tmp_path / "teacher"))
-    assert float(teacher.schedule.alpha_bar[-1]) < 1e-7  # pure noise at the start
+    assert float(teacher.schedule.alphas[-1]) ** 2 < 1e-7  # pure noise at the start
     pipeline = open_pipeline(tmp_path / "teacher")
     assert (rolled_out(teacher) - drawn(pipeline, teacher.latent_shape(None))).abs().max() < 1e-4
 

@@ -199,7 +199,7 @@ def test_four_iterations_of_train_are_the_papers(
         if own_heads is not None:
             heads[name.removesuffix("_discriminator")] = own_heads
     teacher = teacher_of(config)
-    smallest = rapm_by_hand(config, teacher.schedule.alpha_bar, store, nets, heads)
+    smallest = rapm_by_hand(config, teacher.schedule.alphas.square(), store, nets, heads)
 
     moved = unsure = number = 0
     for name, (weights, _) in seen[4].items():

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from gaussian import Gaussian, Mixture
 from rapm.schedule import END, Grid, Schedule, trailing_timesteps
@@ -170,7 +170,7 @@ def test_the_end_is_the_schedulers_choice(set_alpha_to_one):
 def test_a_position_splits_into_what_it_was_made_of(prediction_type, t):
     schedule = schedule_of(scheduler(prediction_type))
     x0, eps = noise(2, 4, 8, 8).double(), noise(2, 4, 8, 8, seed=1).double()
-    a, s = schedule.alpha_bar[t + 1].sqrt(), (1 - schedule.alpha_bar[t + 1]).sqrt()
+    a, s = schedule.alphas[t + 1], schedule.sigmas[t + 1]
     z = a * x0 + s * eps
     prediction = {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[prediction_type]
     split_x0, split_eps = schedule.x0_and_eps(z, prediction, t)
@@ -190,7 +190,7 @@ def test_adding_noise_follows_the_forward_process(t, s, set_alpha_to_one):
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     kept = schedule.add_noise(one, t, s, zero).item()
     added = schedule.add_noise(zero, t, s, one).item()
-    alpha_bar_t, alpha_bar_s = schedule.alpha_bar[t + 1].item(), schedule.alpha_bar[s + 1].item()
+    alpha_bar_t, alpha_bar_s = (schedule.alphas[k + 1].item() ** 2 for k in (t, s))
     assert kept * alpha_bar_t**0.5 == pytest.approx(alpha_bar_s**0.5, rel=1e-6)  # mean
     assert kept**2 * (1 - alpha_bar_t) + added**2 == pytest.approx(
         1 - alpha_bar_s, abs=1e-6
@@ -231,3 +231,71 @@ def test_ddim_converges_to_the_closed_form_solution_at_first_order(teacher_type)
     errors = [error(num_steps) for num_steps in (25, 50, 100, 200, 400)]
     assert errors[0] < 0.06  # of positions that are about 1 in size
     assert all(1.7 < coarse / fine < 2.4 for coarse, fine in pairwise(errors)), errors
+
+
+# ---- rectified flow
+
+
+def flow_scheduler(shift):
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 8, 50])
+def test_a_flow_is_diffusers_flow_match_euler(shift, num_steps):
+    """Its sigmas, the time it feeds, and its steps, where sigmas fall evenly from 1 to 1 / N."""
+    schedule, euler = Schedule.flow(shift), flow_scheduler(shift)
+    euler.set_timesteps(sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist())
+    timesteps = trailing_timesteps(num_steps)
+    rows = torch.tensor(timesteps) + 1
+    assert schedule.sigmas[rows].tolist() == pytest.approx(euler.sigmas.tolist(), abs=1e-6)
+    assert schedule.times[rows[:-1]].tolist() == pytest.approx(euler.timesteps.tolist(), abs=1e-3)
+    z, theirs = noise(2, 4, 8, 8), noise(2, 4, 8, 8)
+    for k, (t, s) in enumerate(pairwise(timesteps)):
+        velocity = noise(2, 4, 8, 8, seed=1 + k)
+        theirs = euler.step(velocity, euler.timesteps[k], theirs, return_dict=False)[0]
+        z = schedule.step(z, velocity, t, s)
+        torch.testing.assert_close(z, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_flows_grid_by_value():
+    """SD3's shift of 3 in four steps; the end is clean."""
+    sigmas = Schedule.flow(3.0).sigmas[torch.tensor([999, 749, 499, 249, END]) + 1]
+    assert sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+@pytest.mark.parametrize("t", [0, 249, 999])
+def test_a_flows_position_splits_into_what_it_was_made_of(t):
+    schedule = Schedule.flow(3.0)
+    x0, eps = noise(2, 4, 8, 8), noise(2, 4, 8, 8, seed=1)
+    z = schedule.alpha(t, x0) * x0 + schedule.sigma(t, x0) * eps
+    split_x0, split_eps = schedule.x0_and_eps(z, eps - x0, t)
+    torch.testing.assert_close(split_x0, x0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(split_eps, eps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("t", "s"), [(END, 0), (END, 249), (249, 250), (249, 499), (749, 998)])
+def test_adding_noise_to_a_flow_follows_its_forward_process(t, s):
+    schedule = Schedule.flow(3.0)
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    kept = schedule.add_noise(one, t, s, zero).item()
+    added = schedule.add_noise(zero, t, s, one).item()
+    (at, st), (as_, ss) = ((schedule.alpha(k, one), schedule.sigma(k, one)) for k in (t, s))
+    assert kept * at.item() == pytest.approx(as_.item(), rel=1e-6)
+    assert (kept * st.item()) ** 2 + added**2 == pytest.approx(ss.item() ** 2, abs=1e-6)
+
+
+def test_a_flows_steps_converge_to_the_closed_form():
+    """Of a Gaussian's velocity; twice the steps, half the error."""
+    schedule = Schedule.flow(3.0)
+    teacher, z = Gaussian(schedule), noise(64, 1, 1, 1).double()
+    expected = teacher.solve(z, 998, END, MEAN)
+    errors = []
+    for every in (10, 5, 2):
+        stand, timesteps = z.float(), [*range(998, -1, -every), END]
+        for t, s in pairwise(timesteps):
+            eps = teacher(stand, t, MEAN)
+            x0 = (stand - schedule.sigma(t, stand) * eps) / schedule.alpha(t, stand)
+            stand = schedule.step(stand, eps - x0, t, s)
+        errors.append(float((stand - expected).abs().max()))
+    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.5 * errors[1] and errors[2] < 0.02

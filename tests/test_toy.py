@@ -273,7 +273,8 @@ def test_a_student_is_scored_while_it_trains(
 ) -> None:
     """On validation captions: those drawn right; and FID, where there is a reference. The last
     scores are those of the student that is kept."""
-    for name, value in {"ASSETS": tmp_path, "CAPTIONS": 8, "PAIRS": 4, "_BATCH": 2}.items():
+    numbers = {"CHECKOUT": tmp_path, "CAPTIONS": 8, "PAIRS": 4, "_BATCH": 2}
+    for name, value in numbers.items():
         monkeypatch.setattr(protocol, name, value)
     sets = ["trajectories.count=2", "training.iterations=4", "samples.count=0", "evaluate.every=2"]
     config = load(method="midpoint", preset="toy", settings=[*sets, "training.checkpoint_every=2"])
@@ -356,7 +357,8 @@ def test_a_run_is_scored_against_the_shipped_reference(
     assert scores
     full, short, student = rows = scores.rows
     expected = {"name": "toy", "captions": "test", "count": 24}
-    assert scores.protocol == expected | {"reference": "the teacher's 3 steps"}
+    expected |= {"pairs_for_diversity": 24, "reference": "the teacher's 3 steps"}
+    assert scores.protocol == expected
     thresholds, reached = protocol.against_thresholds(rows, "midpoint")
     assert not reached
     ends = ["", *thresholds, "", f"Scores: {file}"]

@@ -66,7 +66,7 @@ def test_runs_are_listed_with_what_is_done(runs: Path) -> None:
         assert "metrics.jsonl" in ui.listed(runs)[1][2]
     finally:
         run.metrics.write_text(text)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="is no folder"):
         ui.runs_in(runs / "none")
 
 
@@ -98,14 +98,14 @@ def address(runs: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = ui.serve(runs, "127.0.0.1", port, block=False)
+    page = ui.serve(runs, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
 
 
 def test_a_port_that_is_taken_is_one_line(runs: Path, address: str) -> None:
     with pytest.raises(UserError, match="cannot be served at"):
-        ui.serve(runs, "127.0.0.1", int(address.rpartition(":")[2]), block=False)
+        ui.serve(runs, "127.0.0.1", int(address.rpartition(":")[2]))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, as Debian has it")
@@ -123,7 +123,11 @@ def test_it_is_clicked_through(runs: Path, address: str, tmp_path: Path) -> None
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(address)
         tab.get_by_text("iteration 4 of 4").wait_for()
+        config = Run.existing(runs / "finished").config
+        Run.open(runs / "later", config)  # begun while the page is open
+        tab.get_by_text("later").first.wait_for(timeout=40_000)
         tab.get_by_label("Run", exact=True).click()
+        tab.get_by_role("option", name="later", exact=True).wait_for()
         tab.get_by_role("option", name="finished", exact=True).click()
         tab.locator('svg[aria-label="Distance to the target"]').wait_for()
         tab.get_by_label("Prompt", exact=True).click()
@@ -151,6 +155,10 @@ def test_it_is_clicked_through(runs: Path, address: str, tmp_path: Path) -> None
         tab.get_by_text("Choose a run, and write a prompt a line.").wait_for()
         for image in tab.locator("img").all():
             assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+        shutil.rmtree(runs / "later")
+        for place in (".lock", "config.toml"):
+            found = tab.request.get(f"{address}/gradio_api/file={runs / 'finished' / place}")
+            assert found.status == 403
         tab.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         browser.close()
     assert (foreign, errors) == ([], [])

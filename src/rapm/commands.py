@@ -109,11 +109,11 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 7860,
 ) -> None:
     """Runs in the browser: how far each is, its pictures and curves, prompts drawn now."""
-    from rapm.ui import build, serve
+    from rapm.ui import serve
 
-    build(folder)  # what is missing is told before
+    page = serve(folder, host, port)
     print(f"http://{host}:{port} shows the runs in {folder}; Ctrl-C ends it")
-    serve(folder, host, port)
+    page.block_thread()
 
 
 # ---- about no run

@@ -56,29 +56,37 @@ def evaluate(
     ] = None,
     resize: Annotated[
         int | None,
-        typer.Option(min=8, max=4096, help="Resize all pictures to so many pixels before."),
+        typer.Option(
+            min=8,
+            max=4096,
+            help="All pictures, real and drawn, to a square of so many pixels first.",
+        ),
     ] = None,
     reference: Annotated[
         Literal["all", "paired"] | None,
-        typer.Option(help="All real pictures, or those of the captions."),
+        typer.Option(help="Compare with all real pictures, or with those of the captions."),
     ] = None,
-    prefix: Annotated[str | None, typer.Option(help="Before each text that CLIP reads.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="For CLIP: put before each text.")] = None,
     many_steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="The teacher's; 50 when left out.")
+        int | None,
+        typer.Option(min=1, max=1000, help="Of the teacher's first row; 50 when left out."),
     ] = None,
     with_teacher: Annotated[
-        bool, typer.Option("--with-teacher", help="Score the teacher beside it, as 'teacher' does.")
+        bool, typer.Option("--with-teacher", help="Score the teacher too.")
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="The student's; N, or a LoRA's 4, when left out."),
+        typer.Option(min=1, max=1000, help="Of the student or LoRA; N when left out."),
     ] = None,
     scheduler: Annotated[
         Literal["ddim", "euler", "lcm"] | None,
-        typer.Option(help="The student's; ddim when left out."),
+        typer.Option(help="Of the student or LoRA; ddim when left out."),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0.1, max=100, help="The student's; 1, none, when left out.")
+        float | None,
+        typer.Option(
+            min=0.1, max=100, help="Of the student or LoRA; 1 when left out, which is none."
+        ),
     ] = None,
     split: Annotated[
         Literal["test", "validation"] | None,
@@ -93,7 +101,10 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The .json to write of a LoRA's scores.")] = None,
 ) -> None:
-    """Score a student beside its teacher, or pictures of a LoRA made elsewhere."""
+    """Score a run's student, or a LoRA that was made elsewhere.
+
+    Stop it any time: what was read off pictures is kept, and the same command goes on.
+    """
     given = locals()
     from rapm.evaluate.protocols import MANY_STEPS, Choices
     from rapm.export import tell_scores
@@ -103,6 +114,8 @@ def evaluate(
     from rapm.scores import evaluate_lora, evaluate_run, evaluate_toy
 
     is_lora = target.is_file()
+    if not is_lora and target.suffix.lower() in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+        raise UserError(f"there is no LoRA file {target}")
     if not is_lora:
         for option in chosen.keywords:
             name = option.replace("_", "-")
@@ -119,6 +132,8 @@ def evaluate(
         is_toy = run is not None and teacher_of(config).captions is not None
         protocol = "toy" if is_toy else "teacher"
     _check_read(protocol, given)
+    if many_steps and protocol != "teacher" and not with_teacher:
+        raise UserError("--many-steps are the teacher's; it goes with --with-teacher")
     reached = True
     if protocol == "toy":
         if run is None:
@@ -147,13 +162,17 @@ def evaluate(
             "cache": Path(os.path.expanduser(cache or CACHE)),
             "scheduler": scheduler or "ddim",
             "guidance_scale": guidance or 1.0,
+            "steps": steps,
         }
-        if run is not None:
-            lines = evaluate_run(run, choices, steps=steps, **shared)
-        else:
-            file = out or target.with_name(f"{target.stem}-scores-{protocol}.json")
-            shared |= {"file": file, "steps": steps or 4}
-            lines = evaluate_lora(target, config, choices, **shared)
+        file = out or target.with_name(f"{target.stem}-scores-{protocol}.json")
+        try:
+            if run is not None:
+                lines = evaluate_run(run, choices, **shared)
+            else:
+                lines = evaluate_lora(target, config, choices, file=file, **shared)
+        except KeyboardInterrupt:
+            print("Stopped. What was read off pictures is kept; the same command goes on.")
+            raise typer.Exit(130) from None
     print("\n".join(lines))
     if run is not None:
         write_report([run], run.page)

@@ -80,7 +80,7 @@ was not trained on.
 
 {settings}
 """
-SCORES_START, SCORES_END = "<!-- rapm: scores -->\n", "<!-- rapm: end of scores -->\n"
+SCORES_END = "<!-- rapm: end of scores -->\n"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         kohya_file=code_span(kohya_file),
         kohya_cell=code_cell(kohya_file),
         diffusers_file=DIFFUSERS_FILE,
-        scores=SCORES_START + scores_text(run) + SCORES_END,
+        scores=_scores_start(run) + scores_text(run) + SCORES_END,
         settings=code_block(
             settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"
         ),
@@ -165,11 +165,16 @@ def scores_text(run: Run) -> str:
     return "\n".join(["## Scores", "", *parts, ""]) if parts else ""
 
 
+def _scores_start(run: Run) -> str:
+    return f"<!-- rapm: scores of checkpoint {run.newest_checkpoint()[1][:16]} -->\n"
+
+
 def tell_scores(run: Run) -> None:
-    """Brings the scores into a card that is there; what else was written into it stays."""
+    """Brings the scores into a card that is there, if it is of the same checkpoint; what else was
+    written into it stays."""
     card = run.export / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before, start, rest = text.partition(SCORES_START)
+    before, start, rest = text.partition(_scores_start(run))
     _, end, after = rest.partition(SCORES_END)
     told = before + start + scores_text(run) + end + after
     if end and told != text:

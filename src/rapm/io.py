@@ -71,7 +71,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     Raises:
         NotWritten: the disk is full, say.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    # By process: two may be at the same file of a folder that runs share.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

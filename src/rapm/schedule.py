@@ -2,12 +2,12 @@
 
 Conventions, valid in the whole library:
 
-- ``z_t = alpha_t x0 + sigma_t eps``; alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 -
-  alpha_bar_t) in DDPM-style teachers. Latents are in the scale the network sees (the VAE's scaling
-  factor is already applied).
-- Time is the network's own integer timestep, 0 <= t < T (T = 1000 in all known teachers), and
-  sampling runs from high to low. ``END = -1`` is the end of sampling; what alpha_bar is there is
-  the scheduler's choice (``set_alpha_to_one``).
+- ``z_t = alpha_t x0 + sigma_t eps``. In DDPM-style teachers alpha_t = sqrt(alpha_bar_t) and sigma_t
+  = sqrt(1 - alpha_bar_t); in rectified flow (arXiv 2209.03003) alpha_t = 1 - sigma_t.
+- Latents are in the scale the network sees (the VAE's scaling factor is already applied).
+- A timestep is an integer, 0 <= t < T (T = 1000 in all known teachers), and sampling runs from high
+  to low. ``END = -1`` is the end of sampling; what alpha is there is the scheduler's choice
+  (``set_alpha_to_one``). A flow network is fed a time that is no integer: ``times``.
 - Slots and coarse timesteps are numbered as in docs/method.md: t_N > ... > t_0 = END, and slot n
   leads from t_{n+1} to t_n.
 - Tables are float64, positions and steps float32, whatever the network computes in.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 END = -1
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 def _at(table: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
@@ -37,15 +37,19 @@ def _at(table: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a network was trained with.
+    """What a network was trained with. In each table entry t + 1 belongs to timestep t, entry 0 to
+    the end of sampling.
 
     Attributes:
-        alpha_bar: float64 [T + 1]; entry t + 1 belongs to timestep t, entry 0 to the end of
-            sampling.
-        prediction_type: what the network predicts (diffusers' names).
+        alphas, sigmas: float64 [T + 1].
+        times: float64 [T + 1], what a network is fed as time.
+        prediction_type: what the network predicts: diffusers' names, or ``flow``, the velocity eps
+            - x0.
     """
 
-    alpha_bar: Tensor = field(repr=False)
+    alphas: Tensor = field(repr=False)
+    sigmas: Tensor = field(repr=False)
+    times: Tensor = field(repr=False)
     prediction_type: PredictionType = "epsilon"
 
     @classmethod
@@ -58,25 +62,43 @@ class Schedule:
         """From a diffusers scheduler's ``alphas_cumprod`` [T], ``final_alpha_cumprod`` and
         ``config.prediction_type``."""
         final = torch.as_tensor(final_alpha_cumprod, dtype=torch.float64).reshape(1)
-        return cls(torch.cat([final, alphas_cumprod.to("cpu", torch.float64)]), prediction_type)
+        alpha_bar = torch.cat([final, alphas_cumprod.to("cpu", torch.float64)])
+        times = torch.arange(-1, len(alpha_bar) - 1, dtype=torch.float64)
+        return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), times, prediction_type)
+
+    @classmethod
+    def flow(cls, shift: float, num_train_timesteps: int = 1000) -> Schedule:
+        """Rectified flow under a timestep shift (arXiv 2403.03206, eq. 23).
+
+        Timestep k is u = (k + 1) / T before the shift, and sigma = a u / (1 + (a - 1) u) after it.
+        So trailing timesteps are what diffusers' FlowMatchEulerDiscreteScheduler has where its
+        ``sigmas`` fall evenly from 1 to 1 / N.
+
+        Args:
+            shift: a, the scheduler's own, or exp(mu) where it depends on the picture's size.
+        """
+        u = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        sigmas = shift * u / (1 + (shift - 1) * u)
+        return cls(1 - sigmas, sigmas, num_train_timesteps * sigmas, "flow")
 
     @property
     def num_train_timesteps(self) -> int:
-        return len(self.alpha_bar) - 1
+        return len(self.alphas) - 1
 
     def ending_clean(self) -> Schedule:
         """The same with no noise left at the end of sampling, as Euler schedulers end."""
-        clean = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[1:]])
-        return replace(self, alpha_bar=clean)
+        one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        alphas, sigmas = torch.cat([one, self.alphas[1:]]), torch.cat([none, self.sigmas[1:]])
+        return replace(self, alphas=alphas, sigmas=sigmas)
 
     def alpha(self, t: Tensor | int, like: Tensor) -> Tensor:
         """alpha_t, float32, broadcastable over ``like`` [B, ...]; t is an int or int [B], END <= t
         < T."""
-        return _at(self.alpha_bar.sqrt(), t, like)
+        return _at(self.alphas, t, like)
 
     def sigma(self, t: Tensor | int, like: Tensor) -> Tensor:
         """sigma_t, float32, broadcastable over ``like`` [B, ...]."""
-        return _at((1 - self.alpha_bar).sqrt(), t, like)
+        return _at(self.sigmas, t, like)
 
     def x0_and_eps(self, z: Tensor, prediction: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """Splits a position into the clean latent and the noise that the prediction says it is made
@@ -86,11 +108,13 @@ class Schedule:
             return (z - s * prediction) / a, prediction
         if self.prediction_type == "v_prediction":  # v = alpha eps - sigma x0
             return a * z - s * prediction, s * z + a * prediction
+        if self.prediction_type == "flow":  # and alpha + sigma = 1
+            return z - s * prediction, z + a * prediction
         return prediction, (z - a * prediction) / s
 
     def step(self, z: Tensor, prediction: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
         """One deterministic DDIM step (arXiv 2010.02502, eq. 12 with eta = 0) from timestep t to
-        timestep s.
+        timestep s; of a flow, one Euler step.
 
         Args:
             z: position at t, float32 [B, C, H, W].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -94,7 +95,8 @@ def evaluate_toy(run: Run, split: Literal["test", "validation"] = "test") -> tup
     scores = Scores.load(file, made)
     if scores is None:
         rows = toy.score(open_sampler(run, step=step or None), split, run.config.trajectories.slots)
-        told = {"name": "toy", "captions": split, "count": rows[-1].images}
+        told = {"name": "toy" if split == "test" else f"toy {split}", "captions": split}
+        told |= {"count": rows[-1].images, "pairs_for_diversity": toy.PAIRS}
         scores = Scores(told | {"reference": f"the teacher's {toy.MANY_STEPS} steps"}, rows)
         scores.save(file, made | _how())
     thresholds, reached = toy.against_thresholds(scores.rows, run.config.method)
@@ -163,19 +165,27 @@ def evaluate_lora(
     weights: Path,
     cache: Path,
     file: Path,
-    steps: int = 4,
+    steps: int | None = None,
     guidance_scale: float = 1.0,
     scheduler: SchedulerName = "ddim",
 ) -> list[str]:
     """Scores a LoRA that was made elsewhere, at strength 1.0 on the teacher of ``config``. As
-    :func:`evaluate_run`; scores go to ``file``."""
-    found, teacher = find_lora(str(lora), pickles=True), teacher_of(config)
+    :func:`evaluate_run`; scores go to ``file``.
+
+    Raises:
+        UserError: ``file`` cannot be written, or holds something else than scores.
+    """
+    if file.suffix.lower() != ".json" or not Scores.may_replace(file):
+        raise UserError(f"--out {file}: scores are JSON, and replace nothing but scores")
+    if len(config.trajectories.sizes()) > 1:
+        raise UserError("pictures of one size are scored; name one with --size")
+    found, teacher = find_lora(f"{lora}:1", pickles=True), teacher_of(config)
     fused = replace(teacher, loras=(*teacher.loras, found))
     return _evaluate(
         config,
         choices,
         lambda: teachers_sampler(fused, config, scheduler),
-        Model(lora.stem, "lora", TEACHER, steps, guidance_scale, {}),
+        Model(lora.stem, "lora", TEACHER, steps or config.trajectories.slots, guidance_scale, {}),
         scheduler=scheduler,
         weights=weights,
         cache=cache,
@@ -204,27 +214,31 @@ def _evaluate(
         drawn: what ``student`` draws with; its facts are told here.
     """
     teacher, own = teacher_of(config), config.trajectories
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file} cannot be written: no such folder, or no permission")
     task = protocols.open_task(choices, teacher, trained_on)
     with within_memory(config, "pictures"):
         reader = Reader(weights, config.torch_device, choices.prefix)
+    width, height = own.sizes()[0] or teacher.size()
     facts = {
         "teacher": teacher.fingerprint,
         "negative_prompt": own.negative_prompt,
-        "size": own.size,
+        "size": f"{width}x{height}",
         "precision": config.precision,
     }
-    models = [replace(drawn, facts=facts | {"weights": made["checkpoint"], "by": scheduler})]
+    name = drawn.name if scheduler == "ddim" else f"{drawn.name}, {scheduler}"
+    drawn = replace(
+        drawn, name=name, facts=facts | {"weights": made["checkpoint"], "by": scheduler}
+    )
+    models = [drawn]
     if choices.with_teacher or choices.name == "teacher":
-        many = choices.many_steps
-        models = [
-            *protocols.teacher_models(facts, own.guidance_scale, many, drawn.steps),
-            *models,
-        ]
-    protocol = task.facts(reader.marks) | {"size": own.size or "the teacher's own"}
+        steps = choices.many_steps, drawn.steps
+        models = [*protocols.teacher_models(facts, own.guidance_scale, *steps), drawn]
+    protocol = task.facts(reader.marks) | {"size": facts["size"]}
     if choices.name == "teacher":
         protocol |= {"teacher": teacher.fingerprint[:12], "guidance": own.guidance_scale}
-    drawn_by = [[model.name, model.steps, model.guidance_scale] for model in models]
-    asked = {**made, "drawn": drawn_by, "by": scheduler}
+        protocol |= {"negative_prompt": own.negative_prompt or "none"}
+    asked = {**made, "drawn": [[m.name, m.steps, m.guidance_scale, m.facts] for m in models]}
     scores = Scores.load(file, asked)
     if scores is None or scores.protocol != protocol:
         samplers = Samplers(

@@ -5,12 +5,15 @@ It reads run folders and locks nothing, so it may stay open while they train.
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from rapm.errors import UserError
+from rapm.errors import UserError, first_line
 from rapm.report.page import charts
 from rapm.run import Run
 from rapm.sample import sample_run
@@ -18,22 +21,23 @@ from rapm.samples import FEW, MANY, cut, drawn_iterations, many_steps, row_file
 from rapm.status import progress_of, standing
 from rapm.trajectories import stored_prompts
 
+DAMAGES = (UserError, ValueError, LookupError, TypeError)  # of records that hold anything
 EVERY = 10  # seconds between two looks at the list of runs
 NEEDS = "it takes Gradio: pip install -c constraints.txt -e '.[ui]'"
 
 
 def runs_in(folder: Path) -> dict[str, Run]:
-    """Runs by name: of a folder's folders, or of itself; what cannot be read as one is left out.
+    """Runs by their folders' names: in a folder, or itself; what cannot be read is left out.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: it is no folder.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
+        raise UserError(f"{folder} is no folder")
     found: dict[str, Run] = {}
     for each in (folder, *sorted(folder.iterdir())):
         try:
-            found[each.resolve().name] = Run.existing(each)
+            found[each.name or each.resolve().name] = Run.existing(each)
         except UserError:  # of an older version, or no run
             continue
     return found
@@ -45,7 +49,7 @@ def listed(folder: Path) -> list[list[str]]:
     for name, run in runs_in(folder).items():
         try:
             progress, state = progress_of(run.config, run.read_metrics()), standing(run)
-        except UserError as error:  # damaged
+        except DAMAGES as error:
             rows.append([name, run.config.method, str(error), ""])
             continue
         left = f"{progress.left:.2f} h" if 0 < progress.done < progress.total else ""
@@ -73,6 +77,12 @@ def compared(run: Run, prompt: int, few: bool) -> tuple[Image.Image, Image.Image
     return left, right
 
 
+def opened(file: Path) -> Image.Image:
+    """A picture to send; no file of the folder is served as one."""
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
+
+
 def build(folder: Path) -> Any:
     """The page.
 
@@ -85,40 +95,52 @@ def build(folder: Path) -> Any:
         raise UserError(f"rapm ui: {NEEDS} ({error})") from None
     runs_in(folder)
 
-    def of(name: str) -> Run:
-        return runs_in(folder)[name]
+    @contextmanager
+    def told() -> Iterator[None]:
+        """Whatever is wrong with a run comes up in the page, in a line."""
+        try:
+            yield
+        except KeyError as error:
+            raise gradio.Error(f"the run {error} is gone") from None
+        except (*DAMAGES, OSError) as error:
+            raise gradio.Error(first_line(error)) from None
 
     def shown(name: str | None) -> tuple[Any, ...]:
         """Everything about one run."""
         if not name:
             return gradio.update(choices=[]), None, None, ""
-        run = of(name)
-        texts = [prompt.text for prompt in stored_prompts(run.trajectories)]
-        texts = texts[: run.config.samples.count]
-        choices = [(text, k) for k, text in enumerate(texts)]
-        strip = run.samples / "iterations.png"
-        return (
-            gradio.update(choices=choices, value=0 if choices else None),
-            compared(run, 0, False),
-            str(strip) if strip.is_file() else None,
-            curves(run),
-        )
+        with told():
+            run = runs_in(folder)[name]
+            texts = [prompt.text for prompt in stored_prompts(run.trajectories)]
+            choices = [(text, k) for k, text in enumerate(texts[: run.config.samples.count])]
+            strip = run.samples / "iterations.png"
+            return (
+                gradio.update(choices=choices, value=0 if choices else None),
+                compared(run, 0, False),
+                opened(strip) if strip.is_file() else None,
+                curves(run),
+            )
 
     def slid(name: str | None, prompt: int | None, few: bool) -> Any:
-        return None if not name or prompt is None else compared(of(name), prompt, few)
+        if not name or prompt is None:
+            return None
+        with told():
+            return compared(runs_in(folder)[name], prompt, few)
 
-    def draw(name: str | None, texts: str, seed: float) -> str:
+    def draw(name: str | None, texts: str, seed: int | None) -> Image.Image:
         prompts = [line.strip() for line in texts.splitlines() if line.strip()]
         if not name or not prompts:
             raise gradio.Error("Choose a run, and write a prompt a line.")
-        try:
-            run = of(name)
+        with told():
+            run = runs_in(folder)[name]
             steps = many_steps(run.config.trajectories.slots)  # somebody is waiting
-            count = len(prompts)
-            drawn = sample_run(run, prompts=prompts, seed=int(seed), count=count, many_steps=steps)
-            return str(drawn)
-        except UserError as error:
-            raise gradio.Error(str(error)) from None
+            file = sample_run(
+                run, prompts=prompts, seed=seed or 0, count=len(prompts), many_steps=steps
+            )
+            return opened(file)
+
+    def listed_again() -> tuple[Any, Any]:
+        return listed(folder), gradio.update(choices=[*runs_in(folder)])
 
     names = list(runs_in(folder))
     with gradio.Blocks(title="rapm", analytics_enabled=False) as page:
@@ -135,36 +157,38 @@ def build(folder: Path) -> Any:
         curve = gradio.HTML(label="Curves")
         gradio.Markdown("## Draw these prompts now")
         texts = gradio.Textbox(lines=3, label="Prompts, one a line")
-        seed = gradio.Number(0, precision=0, label="Seed of the first")
+        seed = gradio.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed of the first")
         button = gradio.Button("Draw with the newest checkpoint")
         drawn = gradio.Image(label="Teacher and student", format="png", interactive=False)
         name.change(shown, name, [prompt, slider, strip, curve], api_name="show")
         for each in (prompt, few):
             each.change(slid, [name, prompt, few], slider, api_name=False)
         button.click(draw, [name, texts, seed], drawn, api_name="draw")
-        gradio.Timer(EVERY).tick(lambda: listed(folder), None, table, api_name="runs")
+        gradio.Timer(EVERY).tick(listed_again, None, [table, name], api_name="runs")
+        page.load(listed_again, None, [table, name], api_name=False)
     return page
 
 
-def serve(folder: Path, host: str, port: int, *, block: bool = True) -> Any:
-    """Starts the page; returns when it is stopped, or at once without ``block``.
+def serve(folder: Path, host: str, port: int) -> Any:
+    """Starts the page in the background; its ``block_thread()`` waits.
 
     Raises:
-        UserError: as :func:`build`, or the port is taken.
+        UserError: as :func:`build`, or there is no such address, or the port is taken.
     """
     page = build(folder)
-    from gradio.themes import Default
-
-    try:
-        page.launch(
-            theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=not block,
-            allowed_paths=[str(folder.resolve())],
-            quiet=True,
-            share=False,
-        )
+    try:  # Gradio would name another cause
+        with socket.create_server((host, port)):
+            pass
     except OSError as error:
         raise UserError(f"rapm ui cannot be served at {host}:{port}: {error}") from None
+    from gradio.themes import Default
+
+    page.launch(
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+    )
     return page

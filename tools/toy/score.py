@@ -28,7 +28,7 @@ from rapm.network import TEACHER
 from rapm.progress import track
 from rapm.run import Run
 from rapm.sample import Sampler, open_sampler
-from rapm.toy import ASSETS, GUIDANCE_SCALE, ORACLE
+from rapm.toy import GUIDANCE_SCALE, ORACLE
 from rapm.toy import TEACHER as TEACHER_FOLDER
 from rapm.toy.oracle import Oracle
 from rapm.toy.scenes import Split, captions, parse_caption
@@ -127,7 +127,7 @@ def main() -> None:
     by_count = {
         n: float(teacher.right[torch.tensor(counts) == n].mean()) for n in sorted(set(counts))
     }
-    file = ASSETS / f"figures-{split}.json"
+    file = protocol.reference_file(split).with_name(f"figures-{split}.json")
     before = json.loads(file.read_text()) if file.is_file() else {}
     if not math.isclose(before.get("fid_floor", 0), floor, rel_tol=1e-3):  # of another teacher
         before = {}

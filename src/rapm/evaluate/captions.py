@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from rapm.errors import UserError
+from rapm.errors import UserError, first_line
 from rapm.io import read
+from rapm.text import is_unicode
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 Captions = list[tuple[str, str]]  # text, and the name of its picture or ""
@@ -25,21 +26,26 @@ def pictures_in(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder of pictures {folder}")
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    seen = (file for file in folder.iterdir() if not file.name.startswith("."))
+    found = sorted(file for file in seen if file.suffix.lower() in PICTURES)
     if not found:
         raise UserError(f"{folder} holds no picture ({', '.join(sorted(PICTURES))})")
     return found
 
 
 def open_picture(file: Path) -> Image.Image:
-    """In RGB.
+    """In RGB, as clean-fid reads it: what is transparent and how a camera was held do not count.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or has more than 8 bits a channel.
     """
     try:
         with Image.open(file) as picture:
+            if picture.mode.startswith(("I", "F")):  # which would be clipped to white
+                raise UserError(f"{file} has more than 8 bits a channel; convert it to 8")
             return picture.convert("RGB")
+    except UserError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} is no picture, or damaged ({error})") from None
 
@@ -53,11 +59,16 @@ def read_captions(file: Path) -> Captions:
     Raises:
         UserError: it is none of these, or empty.
     """
+    content = read(file)
     try:
-        text = read(file).decode()
-        found = _captions(file, text)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} holds no captions that can be read: {error!r}") from None
+        found = _captions(file, content.decode("utf-8-sig"))
+        odd = [pair for pair in found if not all(isinstance(part, str) for part in pair)]
+        odd += [pair for pair in found if not pair[0] or not all(map(is_unicode, pair))]
+        if odd:
+            raise ValueError(f"no text: {odd[0]}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{file} holds no captions that can be read ({what})") from None
     if not found:
         raise UserError(f"{file} holds no caption")
     return found
@@ -69,7 +80,7 @@ def _captions(file: Path, text: str) -> Captions:
         first = dict(_karpathy(told) if "annotations" not in told else _coco(told))
         return [(caption, name) for name, caption in first.items()]
     if file.suffix.lower() == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         return [(" ".join(row["text"].split()), row["file_name"]) for row in rows]
     return [(line.strip(), "") for line in text.splitlines() if line.strip()]
 
@@ -103,7 +114,7 @@ def captions_beside(folder: Path) -> Captions:
                 f"{picture} has no caption: no {file.name}, no metadata.jsonl beside it"
             )
         try:
-            text = " ".join(read(file).decode().split())
+            text = " ".join(read(file).decode("utf-8-sig").split())
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text: {error}") from None
         if not text:

@@ -104,8 +104,7 @@ class Gallery:
         def opened(start: int, end: int) -> tuple[list[Image.Image], Sequence[str]]:
             return [open_picture(file) for file in files[start:end]], ()
 
-        told = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-        return self._read("references", "files", told, opened)
+        return self._read("references", "files", facts_of_files(files), opened)
 
     def _read(
         self,
@@ -119,7 +118,7 @@ class Gallery:
         starts = range(0, len(each), BATCH)
         for start in track(starts, title[:24]):
             rows = [*each[start : start + BATCH]]
-            facts = {"own": own, "each": rows, "side": self.side, "read by": self.reader.marks}
+            facts = {"own": own, "each": rows, "side": self.side, "read by": self.reader.facts}
             text = json.dumps(facts, sort_keys=True, default=str)
             made = {"facts": hashlib.sha256(text.encode()).hexdigest()}
             file = self.folder / f"{made['facts'][:32]}.safetensors"
@@ -135,6 +134,11 @@ class Gallery:
             parts.append(found)
         common = [name for name in parts[0] if all(name in part for part in parts)]
         return {name: torch.cat([part[name] for part in parts]) for name in common}
+
+
+def facts_of_files(files: Sequence[Path]) -> list[list[Any]]:
+    """By which it is seen that a file is another one: place, size, time of its last change."""
+    return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for f in files]
 
 
 def _kept(file: Path, made: Mapping[str, Any]) -> Measured | None:

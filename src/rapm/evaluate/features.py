@@ -3,8 +3,11 @@ picture fits its text by CLIP and by PickScore. All from local files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +65,10 @@ class Inception:
         self.mark = sha256(file)
         try:
             features = self([Image.new("RGB", (SIDE, SIDE))] * 2)
-        except (RuntimeError, AttributeError) as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
             raise UserError(f"{file} is another network: {first_line(error)}") from None
-        if features.ndim != 2 or len(features) != 2:
-            raise UserError(f"{file} is another network: its features are {[*features.shape]}")
+        if len(features) != 2 or features.shape[1] < 2 or not features.isfinite().all():
+            raise UserError(f"{file} is another network: it has no finite features [2, d > 1]")
         self.dimensions = features.shape[1]
 
     @torch.no_grad()
@@ -110,8 +113,16 @@ class TextFit:
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
             self._processor = CLIPImageProcessor.from_pretrained(folder, **local)
             self._model.eval()
-            self.mark = sha256(next(iter(sorted(folder.glob("*.safetensors")))))
-            self.factor = float(self._model.logit_scale.exp()) if own_factor else 100.0
+            # Of all that it was loaded from: shards, tokenizer, how pictures are prepared.
+            files = sorted(
+                file
+                for file in folder.iterdir()
+                if file.suffix in (".json", ".safetensors", ".txt")
+            )
+            told = [[file.name, sha256(file)] for file in files]
+            self.mark = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            factor = self._model.logit_scale.detach().exp()
+            self.factor = float(factor) if own_factor else 100.0
             self([Image.new("RGB", (64, 64))], ["a"])
         except Exception as error:  # of a folder that holds anything
             raise UserError(f"{folder} holds no CLIP model: {first_line(error)}") from None
@@ -145,7 +156,7 @@ class Reader:
     def __init__(self, weights: Path, device: str, prefix: str = "") -> None:
         if not weights.is_dir():
             raise UserError(f"there is no folder {weights}; it takes {WHERE}")
-        self.inception = Inception(weights / INCEPTION, device)
+        self.inception, self.prefix = Inception(weights / INCEPTION, device), prefix
         self.text_fits: dict[str, TextFit] = {}
         if (weights / CLIP).is_dir():
             self.text_fits["clip"] = TextFit(weights / CLIP, device, prefix=prefix)
@@ -159,10 +170,15 @@ class Reader:
 
     @property
     def marks(self) -> dict[str, str]:
-        """The beginning of each file's SHA-256."""
+        """Each network's name, and the beginning of a SHA-256 of its files."""
         found = {"inception": self.inception.mark}
         found |= {name: fit.mark for name, fit in self.text_fits.items()}
         return {name: mark[:12] for name, mark in found.items()}
+
+    @property
+    def facts(self) -> list[Any]:
+        """All that what is read depends on besides the pictures."""
+        return [self.marks, self.prefix, version("rapm")]
 
     def __call__(
         self, pictures: Sequence[Image.Image], texts: Sequence[str] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,72 +23,71 @@ class Score:
         return Score(self.value / whole, self.low / whole, self.high / whole)
 
 
-RESAMPLES = 50
-
-
-def bootstrapped(measure: Callable[[Tensor], float], count: int) -> Score:
-    """A measure of ``count`` pictures, and its interval by the bootstrap over pictures.
-
-    The interval is 1.96 standard deviations of the resamples wide to either side. Its middle is the
-    measure itself, because FID of a resample, which has pictures twice, is biased upwards.
-
-    Args:
-        measure: of the pictures with these numbers, int [count].
-    """
-    generator = torch.Generator().manual_seed(0)
-    again = (torch.randint(count, (count,), generator=generator) for _ in range(RESAMPLES))
-    apart = 1.96 * statistics.stdev(map(measure, again))
-    value = measure(torch.arange(count))
-    return Score(value, value - apart, value + apart)
+RESAMPLES = 200
 
 
 def mean(values: Tensor) -> Score:
-    """Of a value a picture, [n], with its interval."""
-    return bootstrapped(lambda rows: float(values[rows].mean()), len(values))
+    """Of a value a picture, [n], with its interval by the bootstrap over pictures: 1.96 standard
+    deviations of the resamples' means to either side."""
+    values, generator = values.double(), torch.Generator().manual_seed(0)
+    draws = (
+        torch.randint(len(values), (len(values),), generator=generator) for _ in range(RESAMPLES)
+    )
+    apart = 1.96 * statistics.stdev(float(values[rows].mean()) for rows in draws)
+    value = float(values.mean())
+    return Score(value, value - apart, value + apart)
 
 
-def frechet(a: Tensor, b: Tensor) -> Score:
-    """:func:`frechet_distance` with its interval; b, the reference, is taken as it is."""
-    distance_to, a = _frechet_to(b), a.double()
-    return bootstrapped(lambda rows: distance_to(a[rows]), len(a))
+def _of_influences(value: float, influences: Tensor) -> Score:
+    """A measure of a set, with the interval of the mean that it is to first order.
+
+    Resamples of the measure itself would mislead where there are few more pictures than features: a
+    resample has pictures twice, so its covariance has a lower rank.
+
+    Args:
+        influences: of each picture, [n]: how the measure changes with that picture's share.
+    """
+    around = mean(influences)
+    apart = around.high - around.value
+    return Score(value, value - apart, value + apart)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """:func:`frechet` without its interval."""
+    return frechet(a, b).value
+
+
+def frechet(a: Tensor, b: Tensor) -> Score:
     """Frechet distance of the Gaussians fitted to two sets of features (FID, arXiv 1706.08500, eq.
-    6).
+    6), with its interval for b, the reference, as it is.
 
     |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the root is the sum of the
-    roots of the eigenvalues of C_b^(1/2) C_a C_b^(1/2), which is symmetric, so no complex numbers
-    arise.
+    roots of the eigenvalues of M = C_b^(1/2) C_a C_b^(1/2), which is symmetric, so no complex
+    numbers arise. Its derivative by C_a is 1 - T, T = C_b^(1/2) M^(-1/2) C_b^(1/2) being the linear
+    map that carries one Gaussian to the other.
 
     Args:
         a, b: features [n, d], n > d for a meaningful covariance.
     """
-    return _frechet_to(b)(a)
-
-
-def _frechet_to(b: Tensor) -> Callable[[Tensor], float]:
-    """The distance of any set of features from b."""
-    b = b.double()
-    middle, covariance = b.mean(0), b.T.cov()
-    values, vectors = torch.linalg.eigh(covariance)
+    a, b = a.double(), b.double()
+    apart, own, reference = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(reference)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-    def distance(a: Tensor) -> float:
-        a = a.double()
-        own = a.T.cov()
-        cross = torch.linalg.eigvalsh(root @ own @ root).clamp(min=0).sqrt().sum()
-        apart = (a.mean(0) - middle).square().sum()
-        return float(apart + own.trace() + covariance.trace() - 2 * cross)
-
-    return distance
+    values, vectors = torch.linalg.eigh(root @ own @ root)
+    values = values.clamp(min=0)
+    value = apart.square().sum() + own.trace() + reference.trace() - 2 * values.sqrt().sum()
+    there = values > values.max() * 1e-12
+    half = root @ vectors[:, there] * values[there].pow(-0.25)
+    centred = a - a.mean(0)
+    bent = centred.square().sum(1) - (centred @ half).square().sum(1)
+    return _of_influences(float(value), 2 * centred @ apart + bent)
 
 
 def kernel(a: Tensor, b: Tensor) -> Score:
     """Kernel distance of two sets of features (KID, arXiv 1801.01401): the unbiased square of the
     maximum mean discrepancy under the kernel (x y / d + 1)^3, over all pairs.
 
-    Its interval is that of the mean that it is, to first order in a's pictures.
+    Its interval is for b as it is.
 
     Args:
         a, b: features [n, d] and [m, d].
@@ -107,9 +105,7 @@ def kernel(a: Tensor, b: Tensor) -> Score:
     own, others = (sums(a, a) - itself(a)) / (n - 1), sums(a, b) / m
     theirs = float((sums(b, b) - itself(b)).sum() / (m * (m - 1)))
     value = float((own - 2 * others).mean()) + theirs
-    first_order = mean(2 * (own - others))
-    apart = first_order.high - first_order.value
-    return Score(value, value - apart, value + apart)
+    return _of_influences(value, 2 * (own - others))
 
 
 def pair_distances(a: Tensor, b: Tensor) -> Tensor:

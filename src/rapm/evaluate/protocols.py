@@ -67,11 +67,13 @@ class Task:
 
     Attributes:
         texts: to draw from.
+        source: where they come from, in words.
         pictures: real ones to compare with; none under ``teacher``.
     """
 
     choices: Choices
     texts: Sequence[str]
+    source: str
     pictures: Sequence[Path]
 
     def facts(self, marks: Mapping[str, str]) -> dict[str, Any]:
@@ -83,14 +85,18 @@ class Task:
         own, listed = self.choices, json.dumps(list(self.texts))
         told: dict[str, Any] = {
             "name": own.name,
-            "captions": own.captions.name if own.captions else "rapm's own",
+            "captions": self.source,
             "count": len(self.texts),
             "captions_sha256": hashlib.sha256(listed.encode()).hexdigest()[:12],
             "resize": own.resize or "none",
         }
-        if own.name == "teacher":
+        if own.images is None:
             told |= {"reference": "the teacher's pictures", "many_steps": own.many_steps}
+            told |= {"pairs_for_diversity": len(self.texts[:PAIRS])}
         else:
+            files = [(file.name, file.stat().st_size) for file in self.pictures]
+            mark = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+            told |= {"images": own.images.resolve().name, "images_mark": mark}
             told |= {"reference": own.reference, "references": len(self.pictures)}
         if CLIP in marks:
             told["clip_prefix"] = own.prefix or "none"
@@ -118,13 +124,14 @@ def open_task(choices: Choices, teacher: Teacher, trained_on: Sequence[str]) -> 
     files = pictures_in(own.images) if own.images else []
     usual = COUNT[name]
     if own.captions:
-        pairs = read_captions(own.captions)
+        source, pairs = own.captions.name, read_captions(own.captions)
     elif own.images:
-        pairs = captions_beside(own.images)
+        source, pairs = "beside the pictures", captions_beside(own.images)
     elif teacher.captions:
-        pairs = [(text, "") for text in teacher.captions(own.count or usual or 0, 1, "test")]
+        source, texts = "the teacher's own", teacher.captions(own.count or usual or 0, 1, "test")
+        pairs = [(text, "") for text in texts]
     else:
-        pairs = [(text, "") for text in shipped(None, 1)]
+        source, pairs = "rapm's own", [(text, "") for text in shipped(None, 1)]
     if name == "teacher":
         known = {*trained_on}
         pairs = [pair for pair in pairs if pair[0] not in known]
@@ -141,7 +148,7 @@ def open_task(choices: Choices, teacher: Teacher, trained_on: Sequence[str]) -> 
         files = [there[picture] for _, picture in pairs]
     if min(len(pairs), len(files) or 2) < 2:
         raise UserError("scores take two captions and two pictures at least")
-    return Task(own, [text for text, _ in pairs], files)
+    return Task(own, [text for text, _ in pairs], source, files)
 
 
 def teacher_models(
@@ -160,21 +167,27 @@ def score(
     """Rows of all models, and notes on what is left out of them.
 
     Args:
-        models: under ``teacher`` the first one is the teacher at many steps.
+        models: under ``teacher`` the first one is the teacher at many steps; the last one is what
+            is asked for.
     """
-    texts, against_teacher = task.texts, task.choices.name == "teacher"
+    texts, against_teacher = task.texts, task.choices.images is None
     pairs = texts[:PAIRS]
+    # The last one first: whether it can be drawn at all must not be found out after hours.
+    drawn = {}
+    for model in (models[-1], *models[:-1]):
+        first = gallery.of_model(model, samplers, texts, FIRST)
+        second = gallery.of_model(model, samplers, pairs, SECOND) if against_teacher else {}
+        drawn[id(model)] = first, second
     if against_teacher:
         reference = gallery.of_model(models[0], samplers, texts, SECOND)
     else:
         reference = gallery.of_files(task.pictures)
     rows, apart = [], 1.0
     for model in models:
-        measured = gallery.of_model(model, samplers, texts, FIRST)
-        scores = compared(measured, reference)
+        first, second = drawn[id(model)]
+        scores = compared(first, reference)
         if against_teacher:
-            second = gallery.of_model(model, samplers, pairs, SECOND)["features"]
-            own = pair_distances(measured["features"][: len(pairs)], second)
+            own = pair_distances(first["features"][: len(pairs)], second["features"])
             if model is models[0]:
                 apart = float(own.mean()) or 1.0
             scores["diversity"] = mean(own / apart)

@@ -78,10 +78,25 @@ class Scores:
             asked = {**made, "rapm": version("rapm")}
             if any(known[name] != value for name, value in asked.items()):
                 return None
-            rows = [Row.read(row) for row in known["rows"]]
-            return cls(known["protocol"], rows, known["notes"])
+            scores = cls(
+                {"name": known["protocol"]["name"], **known["protocol"]},
+                [Row.read(row) for row in known["rows"]],
+                [str(note) for note in known["notes"]],
+            )
+            scores.cells()  # what is no number is found here
+            return scores if scores.rows else None
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
+
+    @staticmethod
+    def may_replace(file: Path) -> bool:
+        """Whether scores may be written there: to no file, or over other scores."""
+        try:
+            return "protocol" in json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError, TypeError):
+            return False
 
     def described(self) -> str:
         """The protocol in a line."""

@@ -36,6 +36,7 @@ CAPTION_SEED = 7
 MANY_STEPS, FEW_STEPS = 100, 4  # the teacher's
 SEEDS = {"first": 1_000_000, "second": 2_000_000}  # picture i has seed SEEDS[...] + i
 _BATCH = 50
+CHECKOUT = Path(__file__).parents[3] / "tools" / "toy"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ Drawn = tuple[Tensor, Tensor, Tensor]  # features, right, sharp
 
 
 def reference_file(split: Split) -> Path:
-    return ASSETS / f"reference-{split}.safetensors"
+    """Where the teacher's pictures of a split are: shipped of the test captions; of the validation
+    captions, which are for tuning, in a checkout alone."""
+    return (ASSETS if split == "test" else CHECKOUT) / f"reference-{split}.safetensors"
 
 
 def save_reference(split: Split, many: Measured, few: Measured) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rapm import toy
 from rapm.config import Config
@@ -25,10 +25,11 @@ from rapm.models.sources import (
     layout_of_checkpoint,
 )
 from rapm.models.teacher import Teacher, ddim_scheduler
-from rapm.schedule import PredictionType, Schedule
+from rapm.schedule import Schedule
 from rapm.toy import scenes
 
 RANDOM = "random:"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of teachers with betas
 LAYOUTS = Path(__file__).parent / "layouts"  # published architectures: configs without weights
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
@@ -134,10 +135,10 @@ def _schedule(source: str, folder: Path) -> Schedule:
             raise ValueError(f"it has {timesteps:,} timesteps")
         scheduler = ddim_scheduler(config)
         kind, timesteps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
-    if kind not in get_args(PredictionType) or timesteps != 1000:
+    if kind not in PREDICTIONS or timesteps != 1000:
         raise UserError(
             f"teacher '{source}' predicts '{kind}' over {timesteps} timesteps; "
-            f"this version distils {', '.join(get_args(PredictionType))} over 1000"
+            f"this version distils {', '.join(PREDICTIONS)} over 1000"
         )
     if kind == "epsilon" and scheduler.config["rescale_betas_zero_snr"]:
         raise UserError(

@@ -217,26 +217,27 @@ def comparison(shown: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def side_by_side(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Students' scores by each protocol that two runs or more have. Where they were not scored by
-    the same choices, what differs is told instead."""
+    """Students' scores by each protocol that several runs have: a table for those with the same
+    choices; and of the others, in which choices they differ from the first run's."""
+    scored = [
+        (f"{place + 1} {run['name']}", scores)
+        for place, run in enumerate(shown)
+        for scores in run["scores"]
+    ]
     found = []
-    names = dict.fromkeys(s.protocol["name"] for run in shown for s in run["scores"])
-    for name in names:
-        own = [
-            (f"{place + 1} {run['name']}", scores)
-            for place, run in enumerate(shown)
-            for scores in run["scores"]
-            if scores.protocol["name"] == name
-        ]
+    for name in dict.fromkeys(scores.protocol["name"] for _, scores in scored):
+        own = [(title, s) for title, s in scored if s.protocol["name"] == name]
+        if len(own) == 1:
+            continue
         first = own[0][1].protocol
-        keys = {key for _, scores in own for key in scores.protocol}
-        differ = sorted(
-            key for key in keys if any(s.protocol.get(key) != first.get(key) for _, s in own)
-        )
-        rows = [replace(scores.rows[-1], model=title) for title, scores in own]
-        if len(own) > 1:
-            table = Scores(first, rows).cells()
-            found.append({"name": name, "differ": differ, "table": table})
+        same = [(title, s) for title, s in own if s.protocol == first]
+        others = []
+        for title, scores in own:
+            keys = sorted({*first, *scores.protocol})
+            differ = [key for key in keys if first.get(key) != scores.protocol.get(key)]
+            others += [(title, ", ".join(differ).replace("_", " "))] if differ else []
+        rows = [replace(scores.rows[-1], model=title) for title, scores in same]
+        found.append({"name": name, "table": Scores(first, rows).cells(), "others": others})
     return found
 
 
