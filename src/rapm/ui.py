@@ -162,10 +162,10 @@ def build(folder: Path) -> Any:
         drawn = gradio.Image(label="Teacher and student", format="png", interactive=False)
         name.change(shown, name, [prompt, slider, strip, curve], api_name="show")
         for each in (prompt, few):
-            each.change(slid, [name, prompt, few], slider, api_name=False)
+            each.change(slid, [name, prompt, few], slider)
         button.click(draw, [name, texts, seed], drawn, api_name="draw")
         gradio.Timer(EVERY).tick(listed_again, None, [table, name], api_name="runs")
-        page.load(listed_again, None, [table, name], api_name=False)
+        page.load(listed_again, None, [table, name])
     return page
 
 
