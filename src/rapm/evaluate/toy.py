@@ -36,7 +36,7 @@ CAPTION_SEED = 7
 MANY_STEPS, FEW_STEPS = 100, 4  # the teacher's
 SEEDS = {"first": 1_000_000, "second": 2_000_000}  # picture i has seed SEEDS[...] + i
 _BATCH = 50
-CHECKOUT = Path(__file__).parents[3] / "tools" / "toy"
+CHECKOUT = Path(__file__).parents[3] / "tools/toy"
 
 
 @dataclass(frozen=True)
