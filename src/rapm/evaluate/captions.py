@@ -86,7 +86,7 @@ def _captions(file: Path, text: str) -> Captions:
 
 
 def _coco(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The annotation with the lowest number of each picture; the last of a name wins."""
+    """Names and captions, the lowest number last: of equal names a dict keeps the last."""
     names = {image["id"]: image["file_name"] for image in told["images"]}
     for each in sorted(told["annotations"], key=lambda a: a["id"], reverse=True):
         yield names[each["image_id"]], " ".join(each["caption"].split())

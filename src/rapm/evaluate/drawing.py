@@ -68,7 +68,7 @@ class Gallery:
     """Reads pictures, and keeps what was read.
 
     Args:
-        reader: makes the networks that read, when there is something to read.
+        reader: the networks that read.
         side: pictures are resized to so many pixels each way first; None leaves them as they are.
         folder: where features are kept, for all runs together.
     """

@@ -18,10 +18,6 @@ class Score:
     low: float
     high: float
 
-    def per(self, whole: float) -> Score:
-        """As a share."""
-        return Score(self.value / whole, self.low / whole, self.high / whole)
-
 
 RESAMPLES = 200
 
