@@ -34,9 +34,13 @@ from rapm.settings import parse
 from rapm.toy import TEACHER
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-# a network is loaded after a collection, which would look through half a million objects of the
-# imports each time
-gc.freeze()
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_look_through() -> None:
+    """A network is loaded after a collection, which would look through half a million objects of
+    imports and collected tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 SMALL = (
@@ -287,6 +291,7 @@ def tiny_table(teacher: Path, prompts: Path) -> dict[str, Any]:
         "discriminators": {"rank": 2, "head_width": 8, "learning_rate": 1e-3},
         "training": {
             "iterations": 10,
+            "slot_batch": 3,
             "checkpoint_every": 4,
             "keep_checkpoints": 9,
             "gradient_checkpointing": False,

@@ -45,13 +45,13 @@ def both_kinds(method: Method, batch: Batch) -> list[torch.Tensor]:
     not shutil.which("g++"),
     reason="torch.compile takes a compiler for the CPU, and there is no g++ here",
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiling_changes_nothing(ddim_schedule, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("name", "checkpointing"), [("rapm", False), ("midpoint", True)])
+def test_compiling_changes_nothing(ddim_schedule, name: str, checkpointing: bool) -> None:
     """Gradients of every learner, where peft's own layers come out wrong."""
     results = []
     for compiled in (False, True):
         training = {"gradient_checkpointing": checkpointing}
-        method, batch = make_method(ddim_schedule, training=training)
+        method, batch = make_method(ddim_schedule, name, training=training)
         if compiled:
             compile_blocks(method.backbone)
             weights = method.student.parameters.values()

@@ -1,4 +1,4 @@
-"""Golden curves: the first 20 iterations of each method on the embedded teacher.
+"""Golden curves: the first 8 iterations of each method on the embedded teacher.
 
 Make them anew with ``python tests/test_golden.py``.
 """
@@ -21,9 +21,9 @@ SETTINGS = (
     "device='cpu'",
     "trajectories.count=6",
     "trajectories.guidance_scale=3.0",
-    "training.iterations=20",
-    "samples.every=20",
-    "training.checkpoint_every=20",
+    "training.iterations=8",
+    "samples.every=8",
+    "training.checkpoint_every=8",
     "training.decay=0.5",
     "student.learning_rate=1e-3",
     "samples.count=0",
@@ -43,7 +43,7 @@ def curve(method: str, folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_first_20_iterations(tmp_path: Path, method: str) -> None:
+def test_the_first_8_iterations(tmp_path: Path, method: str) -> None:
     """Another machine's kernels sum in another order.
 
     Distances hold to 2 %; logits, which start near 0, to 0.03.

@@ -148,8 +148,8 @@ CASES: dict[str, dict[str, Any]] = {
         "rapm": {"detach_relative": False, "detach_slots": False, "delta": 5},
         "discriminators": {"adversarial_weight": 0.0},
     },
-    "all slots in one pass, checkpointing": {
-        "training": {"slot_batch": 3, "gradient_checkpointing": True}
+    "one slot after the other, checkpointing": {
+        "training": {"slot_batch": 1, "gradient_checkpointing": True}
     },
 }
 

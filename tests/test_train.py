@@ -39,7 +39,7 @@ def trained(config: Config, folder: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("sd15", "rapm"), ("sd21", "rapm"), ("sdxl", "rapm"), ("sd15", "midpoint")]
+    ("kind", "method"), [("sd15", "rapm"), ("sdxl", "rapm"), ("sd15", "midpoint")]
 )
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     tiny_config: Config,
@@ -156,7 +156,7 @@ def test_it_learns(tiny_config: Config, tmp_path: Path) -> None:
         tiny_config,
         trajectories={"count": 1},
         discriminators={"adversarial_weight": 0.0},
-        training={"iterations": 60, "checkpoint_every": 60},
+        training={"iterations": 40, "checkpoint_every": 40},
         student={"learning_rate": 3e-3, "rank": 8},
     )
     distances = [
@@ -212,8 +212,8 @@ def test_a_dry_run_meets_every_kind_of_iteration_and_changes_nothing(
 def test_compiled_blocks_are_what_trains_and_wrong_ones_never_do(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By compilers that hand on what they were given, or 1.01 times as much; the real one is in
-    test_compiled.py."""
+    """By compilers that hand on what they were given, or 1.01 times as much; the real one, and the
+    discriminators' calls, are in test_compiled.py."""
     made: list[int] = []
 
     def times(factor: float) -> None:
@@ -232,15 +232,15 @@ def test_compiled_blocks_are_what_trains_and_wrong_ones_never_do(
             lambda b: b.network.compile_repeated_blocks(backend=compiler),
         )
 
-    compiled, plain = (
-        changed(tiny_config, training={"compile": True}),
-        trained(tiny_config, tmp_path / "plain"),
+    few = changed(
+        tiny_config, training={"iterations": 2}, discriminators={"adversarial_weight": 0.0}
     )
+    compiled, plain = changed(few, training={"compile": True}), trained(few, tmp_path / "plain")
     times(1.0)
     right = trained(compiled, tmp_path / "right")
     assert made
     (step, expected), (other, found) = (run.load_checkpoint() for run in (plain, right))
-    assert step == other == 10
+    assert step == other == 2
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     times(1.01)
     with pytest.raises(UserError, match=r"off by 1\.0%"):

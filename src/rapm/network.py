@@ -166,9 +166,10 @@ class Backbone:
 
     def _activate(self, adapter: str | None) -> None:
         for layer in self._layers:
-            layer._disable_adapters = adapter is None
+            own = vars(layer)  # a module's own way of setting what is plain takes 20 times as long
+            own["_disable_adapters"] = adapter is None
             if adapter is not None:
-                layer._active_adapter = [adapter]
+                own["_active_adapter"] = [adapter]
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:

@@ -7,11 +7,12 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 
 from rapm import settings
 from rapm.config import unread
@@ -47,13 +48,7 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
     """
     shown = [about(run) for run in runs]
     several = len(shown) > 1
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = pages.get_template("page.html.j2").render(
+    text = _template().render(
         runs=shown,
         compared=comparison(shown) if several else [],
         differing=differences(runs) if several else [],
@@ -62,6 +57,18 @@ def write_report(runs: Sequence[Run], file: Path) -> Path:
     )
     write_text(file, text)
     return file
+
+
+@cache
+def _template() -> Template:
+    """Compiled once: a page is written many times in a run."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template("page.html.j2")
 
 
 def about(run: Run) -> dict[str, Any]:
