@@ -35,6 +35,7 @@ from rapm.toy import TEACHER
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+
 @pytest.fixture(scope="module", autouse=True)
 def little_to_look_through() -> None:
     """A network is loaded after a collection, which would look through half a million objects of
