@@ -27,7 +27,7 @@ lint: setup  ## ruff check, ruff format --check, pyright
 	@$(BIN)/pyright
 
 test: lint  ## lint, then the tests, in two processes side by side
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: setup  ## distil the toy teacher into runs/demo-METHOD, score it (CPU); METHOD=midpoint
 	@$(BIN)/rapm distill --teacher toy --method $(METHOD) --out runs/demo-$(METHOD)

@@ -88,7 +88,7 @@ def off_by(share: float, backward: bool):
 
 @pytest.mark.parametrize(("share", "backward"), [(0.01, True), (0.01, False)])
 def test_wrong_blocks_are_found_out(ddim_schedule, share: float, backward: bool) -> None:
-    method, batch = make_method(ddim_schedule)
+    method, batch = make_method(ddim_schedule, "midpoint")
     before = [p.clone() for p in method.student.parameters.values()]
     method.backbone.network.compile_repeated_blocks(backend=off_by(share, backward), dynamic=False)
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_no_compiler_is_said_in_one_line(ddim_schedule) -> None:
     def none(graph: Any, inputs: Any) -> Any:
         raise FileNotFoundError("no compiler")
 
-    method, batch = make_method(ddim_schedule)
+    method, batch = make_method(ddim_schedule, "midpoint")
     method.backbone.network.compile_repeated_blocks(backend=none)
     with pytest.raises(
         UserError, match=r"cannot compile here: .*no compiler.*set it to false"

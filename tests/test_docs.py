@@ -183,7 +183,7 @@ def asked(command: list[str], more: list[str]) -> Config:
     return settings.load(
         method=one("method"),
         preset=one("preset"),
-        teacher=one("teacher"),
+        teacher=None if any(each.startswith("teacher=") for each in more) else one("teacher"),
         settings=[*option(command, "set"), *more],
     )
 
@@ -208,8 +208,13 @@ def test_the_papers_ablations_are_there_for_all_three_teachers() -> None:
 
 
 @pytest.mark.parametrize("command", ABLATIONS, ids=lambda command: command[-1].split("/")[-1])
-def test_an_ablation_of_the_toy_teacher_runs(command: list[str], tmp_path: Path) -> None:
+def test_an_ablation_of_the_toy_teacher_runs(
+    command: list[str], tmp_path: Path, tiny_teacher: Path, tiny_prompts: Path
+) -> None:
+    """Its settings, on a smaller teacher."""
     few = [*FEW, "trajectories.fine_steps=2", "samples.count=0", "device=cpu"]
+    assert asked(command, few).teacher == "toy"
+    few += [f"teacher={tiny_teacher}", f"trajectories.prompts={tiny_prompts}"]
     run = Run.open(tmp_path / "run", asked(command, few))
     make_trajectories(run)
     assert train_run(run)

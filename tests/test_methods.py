@@ -125,7 +125,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ROWS = [
     *(("sd15", name, k) for name in OPTIONS for k in (EVEN, ODD) if not ("joint" in name and k)),
-    *(("sd21", "as it comes", ODD), ("sdxl", "as it comes", EVEN), ("sdxl", "as it comes", ODD)),
+    ("sdxl", "as it comes", ODD),
 ]
 
 

@@ -139,15 +139,9 @@ def test_oracle_refuses_what_the_caption_does_not_say(
 def test_fid_rises_with_what_few_step_sampling_does_wrong(
     oracle: Oracle, renders: tuple[torch.Tensor, list[str]]
 ) -> None:
-    """Damage to one half of the teacher's kind of pictures, against the other half; in units of the
+    """Damage to one half of what the teacher learnt from, against the other half; in units of the
     distance undamaged."""
-    vae = AutoencoderKL.from_pretrained(TEACHER / "vae", dtype=torch.float32)
-    with torch.no_grad():
-        parts = [
-            vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-            for x in renders[0].split(20)
-        ]
-    half, other = torch.cat(parts).chunk(2)
+    half, other = renders[0].chunk(2)
     reference = oracle.features(half)
 
     def fid(images: torch.Tensor) -> float:

@@ -93,7 +93,8 @@ class Stub(list[Trajectory]):
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device)
 
-        prompt = {name: drawn(*own) for name, own in family.conditioning(teacher.config).items()}
+        shapes_of_prompt = family.conditioning(teacher.config).items()
+        prompt = {name: drawn(*own).to(config.torch_dtype) for name, own in shapes_of_prompt}
         own = config.trajectories.sizes()[0] or teacher.size()
         size = {name: x[0].to(device) for name, x in family.of_size(*own).items()}
         self.unconditional: Conditioning = {name: value[None] for name, value in prompt.items()}
@@ -201,8 +202,11 @@ def _picture_passes(config: Config, decoding: float) -> float:
 def _other_stages(
     config: Config, teacher: Teacher, z: Tensor, sampling: int
 ) -> tuple[dict[str, dict[str, int]], float]:
-    """Memory of encoding, of pictures, where network and VAE stay and the rest takes turns, and of
-    evaluation, where the networks that read pictures do so too; and FLOPs of decoding a picture."""
+    """Memory of encoding, of pictures and of evaluation; and FLOPs of decoding a picture.
+
+    The VAE stays. Text encoders take turns with the network and what it computes, and so do the
+    networks that read pictures with what is computed.
+    """
     bare, network, dtype = without_weights(teacher), teacher.family.network, config.torch_dtype
     texts = [part for part in teacher.family.text_parts if not part.startswith("tokenizer")]
     drawn = (bare.draw(part, dtype, "meta") for part in (*texts, network))
@@ -210,12 +214,13 @@ def _other_stages(
     for_vae = torch.float32 if config.precision == "float16" else dtype
     vae = bare.draw("vae", for_vae, "meta").requires_grad_(False)
     flops, decoding = count(lambda: vae.decode(z.to(for_vae), return_dict=False))
-    rest = {sum(encoders): "text encoders", sampling: "activations", decoding: "VAE's activations"}
-    weights = {"network": whole, "VAE": bytes_of(vae.parameters())}
-    stages = {"encoding prompts": {"text encoders": sum(encoders)}}
+    computed = {sampling: "activations", decoding: "VAE's activations"}
+    encoding, kept = {"text encoders": sum(encoders)}, {"VAE": bytes_of(vae.parameters())}
+    stages = {"encoding prompts": encoding}
     for stage, more in (("pictures", {}), ("evaluation", {size: n for n, size in BYTES.items()})):
-        turns = rest | more
-        stages[stage] = weights | {turns[max(turns)]: max(turns)}
+        turns = computed | more
+        drawing = {"network": whole, turns[max(turns)]: max(turns)}
+        stages[stage] = kept | max(encoding, drawing, key=lambda parts: sum(parts.values()))
     return stages, flops
 
 

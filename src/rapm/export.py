@@ -21,6 +21,7 @@ from rapm.network import STUDENT
 from rapm.prompts import is_hub
 from rapm.run import Run
 from rapm.sample import open_sampler
+from rapm.schedule import trailing_timesteps
 from rapm.scores import scores_of
 from rapm.text import code_block, code_cell, code_span
 
@@ -43,7 +44,13 @@ tags: [text-to-image, diffusers, lora, template:sd-lora, {method}]
 Distilled with rapm {version} from {teacher} at guidance scale {guidance_scale}, which is baked
 in: sample without guidance. {words}
 {loras}
-| file | for |
+{use}
+{scores}
+## Settings
+
+{settings}
+"""
+OF_BETAS = """| file | for |
 |---|---|
 | `{diffusers_file}` | diffusers 0.30 and newer; other programs load a part of it and say nothing |
 | {kohya_cell} | ComfyUI, Forge, A1111, SD.Next, InvokeAI and kohya's scripts |
@@ -74,18 +81,37 @@ TEACHER is the model it was distilled from, FOLDER is where this file is.
 
 Do not take DDIM in A1111 and Forge: it ignores the scheduler, and asks for timesteps that this LoRA
 was not trained on.
+"""
+OF_FLOW = """`{diffusers_file}` is for diffusers and ComfyUI. Its strength is 1.0.
 
-{scores}
-## Settings
+## diffusers
 
-{settings}
+```python
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+pipe = DiffusionPipeline.from_pretrained("TEACHER")
+pipe.load_lora_weights("FOLDER", weight_name="{diffusers_file}")
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler")
+image = pipe("a prompt", sigmas={sigmas}, guidance_scale=1.0).images[0]
+```
+
+TEACHER is the model it was distilled from, FOLDER is where this file is. Give `sigmas` as they are
+here: the {steps} steps that diffusers takes by itself are others, and the last is nearly lost.
+
+## ComfyUI
+
+The file goes where your LoRAs are, under any name. {steps} steps, cfg 1, sampler euler, scheduler
+simple. The shift is {shift:g}: ModelSamplingSD3 sets it where the model's own is another.
 """
 SCORES_END = "<!-- rapm: end of scores -->\n"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the files of a run's ``export/`` are."""
+    """Where the files of a run's ``export/`` are.
+
+    ``kohya`` is for other programs; there is none where these read diffusers' own.
+    """
 
     diffusers: Path
     kohya: Path
@@ -106,15 +132,18 @@ def export_run(run: Run) -> Exported:
         sampler, config = open_sampler(run), run.config
         teacher, backbone, steps = sampler.teacher, sampler.backbone, config.trajectories.slots
         files, part = exported(run), teacher.family.network
-        state, names = backbone.lora_state(STUDENT), teacher.family.lora_names(backbone.network)[0]
+        state, names = backbone.lora_state(STUDENT), teacher.family.lora_names(backbone.network)
         with files_together(run.export) as folder:
             # Without peft's settings as metadata, which other versions of it refuse. diffusers
             # takes alpha for the rank then, and so it is.
             save_tensors(folder / DIFFUSERS_FILE, with_prefix(part, state), {"format": "pt"})
             size = config.trajectories.sizes()[0] or teacher.size()
-            described = kohya_metadata(teacher, config.student.rank, files.kohya.stem, steps, size)
-            save_tensors(folder / files.kohya.name, kohya_state(state, names), described)
-            teacher.ddim_scheduler().save_pretrained(folder / "scheduler")
+            if names:
+                described = kohya_metadata(
+                    teacher, config.student.rank, files.kohya.stem, steps, size
+                )
+                save_tensors(folder / files.kohya.name, kohya_state(state, names[0]), described)
+            teacher.scheduler().save_pretrained(folder / "scheduler")
             write_text(folder / "README.md", model_card(run, teacher, files.kohya.name))
         return files
 
@@ -144,13 +173,23 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         steps=config.trajectories.slots,
         guidance_scale=config.trajectories.guidance_scale,
         version=version("rapm"),
-        kohya_file=code_span(kohya_file),
-        kohya_cell=code_cell(kohya_file),
-        diffusers_file=DIFFUSERS_FILE,
+        use=_how_to_use(teacher, config.trajectories.slots, kohya_file),
         scores=_scores_start(run) + scores_text(run) + SCORES_END,
         settings=code_block(
             settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"
         ),
+    )
+
+
+def _how_to_use(teacher: Teacher, steps: int, kohya_file: str) -> str:
+    is_flow = teacher.schedule.prediction_type == "flow"
+    return (OF_FLOW if is_flow else OF_BETAS).format(
+        steps=steps,
+        diffusers_file=DIFFUSERS_FILE,
+        kohya_file=code_span(kohya_file),
+        kohya_cell=code_cell(kohya_file),
+        sigmas=[(t + 1) / 1000 for t in trailing_timesteps(steps)[:-1]],
+        shift=teacher.config("scheduler").get("shift", 1.0),
     )
 
 

@@ -29,6 +29,12 @@ from rapm.sampling import Conditioning
 
 TEACHER, STUDENT = "teacher", "student"
 Call = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+FeatureMap = Callable[[Any, Tensor], Tensor]
+
+
+def as_it_is(output: Any, z: Tensor) -> Tensor:
+    """Of a layer that gives a map, alone or before others."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 class _LastFeature(Exception):
@@ -75,6 +81,9 @@ class Backbone:
         call: ``(network, z, t, conditioning) -> prediction`` in the network's own dtype.
         lora_targets: names of the modules that get LoRA unless an adapter names its own.
         feature_layers: paths of the modules whose outputs are the features, as they are reached.
+        feature_map: ``(output, z) -> map [B, C, h, w]`` of a feature layer's output.
+        times: what the network is fed as time, see :class:`rapm.schedule.Schedule`; the timestep
+            itself when left out.
         gradient_checkpointing: trade a second forward for memory; gradients are the same.
 
     Usage::
@@ -91,6 +100,8 @@ class Backbone:
         lora_targets: Sequence[str],
         feature_layers: Sequence[str] = (),
         *,
+        feature_map: FeatureMap = as_it_is,
+        times: Tensor | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.network: Any = network.requires_grad_(False).eval()
@@ -102,10 +113,11 @@ class Backbone:
         # soon less.
         self.loss_scale = 4096.0 if self.dtype == torch.float16 else 1.0
         self.call, self.lora_targets = call, tuple(lora_targets)
+        self.feature_map, self.times = feature_map, times
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None
         self._layers: list[Any] = []
-        self._features: list[Tensor] | None = None
+        self._features: list[Any] | None = None
         self._num_features = len(feature_layers)
         for path in feature_layers:
             network.get_submodule(path).register_forward_hook(self._keep_feature)
@@ -197,7 +209,7 @@ class Backbone:
 
         Args:
             z: float32 [B, C, H, W].
-            t: int [B].
+            t: int [B], on the CPU.
             conditioning: tensors [B, ...].
 
         Returns:
@@ -205,6 +217,7 @@ class Backbone:
         """
         assert self.active is not None, "the network is called outside of any adapter"
         cast = {k: v.to(self.device, self.dtype) for k, v in conditioning.items()}
+        t = t if self.times is None else self.times[t + 1].float()
         return self.call(self.network, z.to(self.dtype), t.to(self.device), cast).float()
 
     def features(self, z: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
@@ -217,28 +230,40 @@ class Backbone:
             pass
         finally:
             features, self._features = self._features, None
-        return features
+        return [self.feature_map(output, z).float() for output in features]
 
     def layers_to_features(self, z: Tensor, t: Tensor, conditioning: Conditioning) -> list[str]:
-        """Names of the linear and convolution layers that features are computed by."""
-        names: list[str] = []
+        """Names of the linear and convolution layers that features depend on.
+
+        Called is not enough: of its last block a transformer's text has no part in them.
+        """
+        leaves: dict[str, Tensor] = {}
+
+        def mark(name: str, output: Tensor) -> Tensor:
+            leaf = leaves.setdefault(name, torch.zeros((), device=self.device, requires_grad=True))
+            return output + leaf.to(output.dtype)
+
         kinds = nn.Linear | nn.Conv2d
         layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, kinds)]
         hooks = [
-            m.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+            m.register_forward_hook(lambda _, __, output, name=name: mark(name, output))
             for name, m in layers
         ]
         try:
-            self.features(z, t, conditioning)
+            with torch.enable_grad():
+                features = self.features(z, t, conditioning)
+                total = torch.stack([feature.sum() for feature in features]).sum()
+                found = torch.autograd.grad(total, [*leaves.values()], allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
+        names = (name for name, own in zip(leaves, found, strict=True) if own is not None)
         # Where an adapter sits already, its base layer is the layer.
         return list(dict.fromkeys(name.removesuffix(".base_layer") for name in names))
 
     def _keep_feature(self, module: nn.Module, arguments: tuple, output: Any) -> None:
         if self._features is None:
             return
-        self._features.append((output[0] if isinstance(output, tuple) else output).float())
+        self._features.append(output)
         if len(self._features) == self._num_features:
             raise _LastFeature

@@ -236,12 +236,16 @@ def make_trajectories(run: Run) -> TrajectoryStore:
 def _encode(
     teacher: Teacher, prompts: Sequence[Prompt], config: Config
 ) -> tuple[Conditioning, Conditioning]:
-    """Of the prompts and of the negative prompt. The text encoders are gone when this returns."""
+    """Of the prompts and of the negative prompt, in the dtype that the network takes them in.
+
+    Those of T5 are large. The text encoders are gone when this returns.
+    """
     family, negative = teacher.family, config.trajectories.negative_prompt
     texts = teacher.load(family.text_parts, config.torch_dtype, config.torch_device)
     encoded = family.encode(texts, [p.text for p in prompts]), family.unconditional(texts, negative)
     move(texts, "cpu")
-    return encoded
+    kept, guided_from = ({n: x.to(config.torch_dtype) for n, x in own.items()} for own in encoded)
+    return kept, guided_from
 
 
 # ---- training

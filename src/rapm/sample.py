@@ -74,14 +74,20 @@ class Sampler:
         return self.teacher.load(["vae"], dtype, str(self.backbone.device))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
-        """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...]."""
-        texts, family = move(self._texts, self.backbone.device), self.teacher.family
+        """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...].
+
+        Text encoders take the network's turn on a GPU: together they may not fit.
+        """
+        network, device, family = self.backbone.network, self.backbone.device, self.teacher.family
+        network.to("cpu")
+        texts = move(self._texts, device)
         sizes = {n: v.expand(len(prompts), *v.shape[1:]) for n, v in self._of_size.items()}
         try:
             unconditional = family.unconditional(texts, self.negative_prompt)
             return family.encode(texts, prompts) | sizes, unconditional
         finally:
             move(texts, "cpu")
+            network.to(device)
 
     @contextmanager
     def watched(self, title: str, num_steps: int) -> Iterator[None]:
@@ -175,11 +181,11 @@ def teachers_sampler(
     teacher: Teacher, config: Config, scheduler: SchedulerName = "ddim"
 ) -> Sampler:
     """Loads a teacher's network, to draw as a run's settings say."""
-    family, own = teacher.family, config.trajectories
+    own = config.trajectories
     network = teacher.load_network(config.torch_dtype, config.torch_device)
     return Sampler(
         teacher,
-        Backbone(network, family.call, family.lora_targets),
+        teacher.backbone(network),
         guidance_scale=own.guidance_scale,
         negative_prompt=own.negative_prompt,
         size=own.sizes()[0],

@@ -41,9 +41,11 @@ def files_of(run: Run) -> list[str]:
     """A line for each LoRA, page and picture that the run has."""
     lines = []
     files = exported(run)
-    if files.diffusers.is_file():
+    if files.kohya.is_file():
         lines += [f"LoRA for diffusers: {files.diffusers}"]
         lines += [f"LoRA for ComfyUI, Forge and A1111: {files.kohya}"]
+    elif files.diffusers.is_file():
+        lines += [f"LoRA for diffusers and ComfyUI: {files.diffusers}"]
     if run.page.is_file():
         lines += [f"Page: {run.page}"]
     pictures = sorted(run.samples.glob("*.png"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rapm.network import FeatureMap
 from rapm.sampling import Conditioning
 
 
@@ -26,8 +27,10 @@ class Family:
         lora_targets: names of the modules that get LoRA: all attention, feed-forward and
             convolution layers.
         lora_names: ``(network) -> {module's path: name}`` in kohya's files, without ``lora_unet_``,
-            for each naming that such files have; the first is written.
+            for each naming that such files have; the first is written. None where other programs
+            read diffusers' file, so ().
         feature_layers: paths of the modules whose outputs discriminators read, in a network.
+        feature_map: ``(output, z) -> map [B, C, h, w]`` of such a module's output.
         call: runs the network: ``(network, z, t, conditioning) -> prediction``.
         served: of a part's config, the fields that change what ``call``, ``encode`` or ``decode``
             would have to give, each with the values that they serve; what is left out has the
@@ -55,6 +58,7 @@ class Family:
     lora_targets: tuple[str, ...]
     lora_names: Callable[[nn.Module], tuple[dict[str, str], ...]]
     feature_layers: Callable[[nn.Module], list[str]]
+    feature_map: FeatureMap
     call: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
     served: Mapping[str, Mapping[str, tuple[Any, ...]]]
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]]
@@ -71,6 +75,6 @@ Configs = Callable[[str], Mapping[str, Any]]
 
 def families() -> list[Family]:
     """All that there are."""
-    from rapm.models import sdxl, stable_diffusion
+    from rapm.models import sd3, sdxl, stable_diffusion
 
-    return [stable_diffusion.FAMILY, sdxl.FAMILY]
+    return [stable_diffusion.FAMILY, sdxl.FAMILY, sd3.FAMILY]

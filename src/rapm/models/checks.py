@@ -225,11 +225,14 @@ def _call_all(teacher: Teacher) -> None:
 
     with torch.no_grad():
         with reading(source, family.network):
-            unit = 2 ** (len(teacher.config(family.network).get("block_out_channels", ())) - 1)
-            z = empty(1, teacher.channels, unit, unit)
+            try:
+                size = teacher.size()
+            except UserError:  # it has none of its own
+                size = (512, 512)
+            z = empty(1, *family.latent_shape(teacher.config, size))
             shapes = family.conditioning(teacher.config).items()
             given = {name: empty(1, *shape) for name, shape in shapes}
-            given |= {name: x.to("meta") for name, x in family.of_size(8 * unit, 8 * unit).items()}
+            given |= {name: x.to("meta") for name, x in family.of_size(*size).items()}
             family.call(layout(family.network), z, torch.empty(1, device="meta"), given)
         with reading(source, "vae"):
             layout("vae").decode(z, return_dict=False)

@@ -73,7 +73,9 @@ class Part:
         Raises:
             UserError: it is missing or damaged.
         """
-        name = "scheduler_config.json" if self.name == "scheduler" else "config.json"
+        kind = self.name.partition("_")[0]
+        names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+        name = names.get(kind, "config.json")
         try:
             config = read_json(self.path / name)
         except ValueError:
@@ -206,6 +208,11 @@ class Part:
         if self._is_diffusers:
             model._fix_state_dict_keys_on_load(with_old_names)
         placed = {k.removeprefix("text_model."): x for k, x in with_old_names.items()}
+        tied: Any = getattr(model, "_tied_weights_keys", None)
+        for one, other in tied.items() if isinstance(tied, dict) else ():  # of which a file has one
+            for there, lacking in ((one, other), (other, one)):
+                if there in placed:
+                    placed.setdefault(lacking, placed[there])
         self.check_tensors(placed, lambda name: name)
         expected = self.expected()
         known = {*expected, *(k.removeprefix("text_model.") for k, _ in model.named_buffers())}

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from rapm import toy
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.models.checks import check_calls, check_claims, check_configs, check_yaml
-from rapm.models.files import reading
 from rapm.models.lora import PICKLES, find_lora
 from rapm.models.parts import Part, parts_of
+from rapm.models.schedulers import schedule_of
 from rapm.models.sources import (
     check_checkpoint,
     check_parts,
@@ -24,16 +23,16 @@ from rapm.models.sources import (
     from_hub,
     layout_of_checkpoint,
 )
-from rapm.models.teacher import Teacher, ddim_scheduler
-from rapm.schedule import Schedule
+from rapm.models.teacher import Teacher
 from rapm.toy import scenes
 
 RANDOM = "random:"
-PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of teachers with betas
 LAYOUTS = Path(__file__).parent / "layouts"  # published architectures: configs without weights
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "random:sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "random:sd35-medium",
+    "stabilityai/stable-diffusion-3.5-large": "random:sd35-large",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -92,7 +91,7 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
     own = parts_of(source, folder, family)
     mark = _fingerprint(own, files, strengths, weights=checkpoint is None)
     captions = scenes.captions if source == "toy" else None
-    schedule = _schedule(source, folder)
+    schedule = schedule_of(source, Part(source, folder, "scheduler").config())
     teacher = Teacher(source, folder, checkpoint, random, parts, family, schedule, mark, captions)
     check_claims(teacher, config)
     if checkpoint:
@@ -119,42 +118,6 @@ def architecture_of(config: Config) -> Teacher:
     if not published:
         return teacher_of(config)
     return replace(resolve_teacher(published), source=config.teacher)
-
-
-def _schedule(source: str, folder: Path) -> Schedule:
-    config: Any = Part(source, folder, "scheduler").config()
-    if not {"beta_start", "trained_betas"} & {*config}:
-        name = config.get("_class_name", "scheduler")
-        raise UserError(
-            f"teacher '{source}' has a {name}, which has no betas (flow matching?); this version "
-            f"distils DDPM-style models"
-        )
-    with reading(source, "scheduler"):
-        timesteps = config.get("num_train_timesteps", 1000)
-        if isinstance(timesteps, int) and timesteps > 1 << 20:  # each takes memory
-            raise ValueError(f"it has {timesteps:,} timesteps")
-        scheduler = ddim_scheduler(config)
-        kind, timesteps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
-    if kind not in PREDICTIONS or timesteps != 1000:
-        raise UserError(
-            f"teacher '{source}' predicts '{kind}' over {timesteps} timesteps; "
-            f"this version distils {', '.join(PREDICTIONS)} over 1000"
-        )
-    if kind == "epsilon" and scheduler.config["rescale_betas_zero_snr"]:
-        raise UserError(
-            f"teacher '{source}' predicts the noise where there is nothing but noise (zero "
-            f"terminal SNR with epsilon)"
-        )
-    left = scheduler.alphas_cumprod.diff()
-    if (
-        not (scheduler.alphas_cumprod[-1] >= 0 and scheduler.alphas_cumprod[0] < 1)
-        or not (left < 0).all()
-    ):  # nor are they, where one is no number
-        raise UserError(
-            f"teacher '{source}': by its scheduler's betas noise does not grow from step to step; "
-            "they are damaged"
-        )
-    return Schedule.of(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, kind)
 
 
 @cache

@@ -23,6 +23,7 @@ from rapm.models.stable_diffusion import (
     unet_latent_shape,
     unet_names,
 )
+from rapm.network import as_it_is
 from rapm.sampling import Conditioning
 
 
@@ -94,6 +95,7 @@ FAMILY = Family(
     # In the original network's names every program reads all of its layers.
     lora_names=lambda network: unet_names(network)[::-1],
     feature_layers=unet_feature_layers,
+    feature_map=as_it_is,
     call=_call,
     served={
         "unet": SERVED_UNET | {"addition_embed_type": ("text_time",)},

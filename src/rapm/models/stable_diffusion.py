@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rapm.errors import UserError
 from rapm.models import Configs, Family
+from rapm.network import as_it_is
 from rapm.sampling import Conditioning
 
 UNET_LORA_TARGETS = (
@@ -196,6 +197,7 @@ FAMILY = Family(
     lora_targets=UNET_LORA_TARGETS,
     lora_names=unet_names,
     feature_layers=unet_feature_layers,
+    feature_map=as_it_is,
     call=_call,
     served={
         "unet": SERVED_UNET,

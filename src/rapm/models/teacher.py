@@ -19,6 +19,7 @@ from rapm.models import Family
 from rapm.models.files import read_json, reading
 from rapm.models.lora import Lora, fuse
 from rapm.models.parts import Part
+from rapm.models.schedulers import scheduler_of
 from rapm.network import Backbone
 from rapm.quantize import quantize
 from rapm.schedule import Schedule
@@ -114,7 +115,7 @@ class Teacher:
             index = read_json(self.folder / "model_index.json")
             told = {name: index[name] for name in options if name in index} | absent
             built = {part: self._load_part(part, precision, device) for part in parts}
-            pipeline = self.family.pipeline(**told, **built, scheduler=self.ddim_scheduler())
+            pipeline = self.family.pipeline(**told, **built, scheduler=self.scheduler())
         move(pipeline, device)
         self._limit_tokens(pipeline, parts)
         for part in parts:
@@ -132,21 +133,26 @@ class Teacher:
 
     def _limit_tokens(self, pipeline: Any, parts: Sequence[str]) -> None:
         """A tokenizer cuts a prompt where the shortest of tokenizers and encoders ends; of some
-        tokenizers nothing says where that is."""
+        tokenizers nothing says where that is. T5 has no such end, and its family gives it one."""
         found = [getattr(pipeline, part) for part in parts if part.startswith("tokenizer")]
         encoders = [part for part in self.family.text_parts if part.startswith("text_encoder")]
         if found:
             with reading(self.source, "tokenizer"):
-                limits = [self.config(part)["max_position_embeddings"] for part in encoders]
-                least = min(*limits, *(tokenizer.model_max_length for tokenizer in found))
+                configs = [self.config(part) for part in encoders]
+                limits = [config.get("max_position_embeddings") for config in configs]
+                limited = [t for t, limit in zip(found, limits, strict=True) if limit]
+                lengths = (tokenizer.model_max_length for tokenizer in limited)
+                least = min(*filter(None, limits), *lengths)
                 for part, encoder in zip(self.family.text_parts, encoders, strict=False):
                     tokens, known = len(getattr(pipeline, part)), self.config(encoder)["vocab_size"]
                     if tokens > known:
                         raise ValueError(f"it has {tokens:,} tokens, its {encoder} {known:,}")
                     if getattr(pipeline, part).pad_token is None:
                         raise ValueError("it has no token to fill prompts up with (pad_token)")
-            for tokenizer in found:
+            for tokenizer in limited:
                 tokenizer.model_max_length = least
+            if hasattr(pipeline, "tokenizer_max_length"):  # read off a tokenizer before
+                pipeline.tokenizer_max_length = least
 
     def _check_finite(self, part: str, loaded: Any, precision: torch.dtype) -> None:
         """
@@ -179,8 +185,22 @@ class Teacher:
         gc.collect()
         return getattr(self.load([self.family.network], precision, device), self.family.network)
 
-    def ddim_scheduler(self) -> Any:
-        return ddim_scheduler(self.config("scheduler"))
+    def scheduler(self) -> Any:
+        """The deterministic one, in diffusers' form."""
+        return scheduler_of(self.config("scheduler"))
+
+    def backbone(self, network: Any, *, gradient_checkpointing: bool = False) -> Backbone:
+        """Its network as one that adapters are added to."""
+        family = self.family
+        return Backbone(
+            network,
+            family.call,
+            family.lora_targets,
+            family.feature_layers(network),
+            feature_map=family.feature_map,
+            times=self.schedule.times,
+            gradient_checkpointing=gradient_checkpointing,
+        )
 
     def draw(self, part: str, precision: torch.dtype, device: str) -> Any:
         """A part with random weights (on the meta device without any); the tokenizer is the toy
@@ -188,18 +208,6 @@ class Teacher:
         if part.startswith("tokenizer"):
             return transformers.CLIPTokenizer.from_pretrained(TOY / "tokenizer")
         return self._part(part).draw(precision, device)
-
-
-def ddim_scheduler(config: Any) -> Any:
-    """The DDIM scheduler of a teacher, whatever scheduler its config is of: its betas, trailing
-    timesteps, nothing clipped.
-
-    What a config of another scheduler leaves out is what Stable Diffusion has, and not what
-    DDIMScheduler's defaults are.
-    """
-    final = {} if "set_alpha_to_one" in config else {"set_alpha_to_one": False}
-    own = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
-    return diffusers.DDIMScheduler.from_config(config, **own, **final)
 
 
 def move(pipeline: Any, device: str | torch.device) -> Any:
@@ -217,12 +225,8 @@ def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
     network, family = teacher.load_network(config.torch_dtype, device), teacher.family
     if config.base_precision != "same":
         quantize(network, family.lora_targets, config.base_precision)
-    backbone = Backbone(
-        network,
-        family.call,
-        family.lora_targets,
-        family.feature_layers(network),
-        gradient_checkpointing=config.training.gradient_checkpointing,
+    backbone = teacher.backbone(
+        network, gradient_checkpointing=config.training.gradient_checkpointing
     )
     for targets in (config.student.targets, config.discriminators.targets):
         backbone.check_targets(targets)

@@ -265,6 +265,5 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def files_of(run: Run) -> dict[str, str]:
     """Names of the exported files; empty before the export."""
-    files = exported(run)
-    there = files.diffusers.is_file()
-    return {"diffusers": files.diffusers.name, "kohya": files.kohya.name} if there else {}
+    files = vars(exported(run))
+    return {program: file.name for program, file in files.items() if file.is_file()}

@@ -1,0 +1,148 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): rectified flow by a transformer over patches of
+2 x 2, which text and picture go through side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from rapm.models import Configs, Family
+from rapm.models.stable_diffusion import SERVED_VAE, decode_with_vae, finite, in_batches
+from rapm.sampling import Conditioning
+
+T5_TOKENS = 256  # at most, as the pipeline has it
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff_context.net.0.proj", "ff_context.net.2"),
+)
+
+
+def block_feature_layers(blocks: Sequence[nn.Module], path: str) -> list[str]:
+    """Blocks at a quarter, a half and three quarters of the depth; the forward stops there."""
+    depths = {max(len(blocks) * k // 4 - 1, 0) for k in (1, 2, 3)}
+    return [f"{path}.{depth}" for depth in sorted(depths)]
+
+
+def patches_to_map(patches: Tensor, z: Tensor) -> Tensor:
+    """Patches of 2 x 2 of z, [B, h w, C], as a map [B, C, h, w]."""
+    return patches.transpose(1, 2).unflatten(2, (z.shape[-2] // 2, z.shape[-1] // 2))
+
+
+def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    return network(
+        hidden_states=z,
+        timestep=t,
+        encoder_hidden_states=conditioning["prompt_embeds"],
+        pooled_projections=conditioning["pooled_prompt_embeds"],
+        return_dict=False,
+    )[0]
+
+
+def _t5_tokens(told: Any) -> int:
+    """A tokenizer may have a shorter end of its own."""
+    return min(int(told or T5_TOKENS), T5_TOKENS)
+
+
+@torch.no_grad()
+def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    embeds, pooled = [], []
+    for batch in in_batches(prompts):
+        found = pipeline.encode_prompt(
+            *(batch, None, None),
+            device=pipeline.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=_t5_tokens(pipeline.tokenizer_3.model_max_length),
+        )
+        embeds.append(found[0].float().cpu())
+        pooled.append(found[2].float().cpu())
+    found = {"prompt_embeds": torch.cat(embeds), "pooled_prompt_embeds": torch.cat(pooled)}
+    return {name: finite(x, "the text encoders' embeddings") for name, x in found.items()}
+
+
+def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
+    network, clip = configs("transformer"), [configs("text_encoder"), configs("text_encoder_2")]
+    width, takes = configs("text_encoder_3")["d_model"], network["joint_attention_dim"]
+    if takes != width:
+        raise ValueError(f"its joint_attention_dim is {takes}, its text encoder gives {width}")
+    pooled, takes = sum(c["projection_dim"] for c in clip), network["pooled_projection_dim"]
+    if takes != pooled:
+        raise ValueError(f"its pooled_projection_dim is {takes}, its encoders give {pooled}")
+    tokens = min(c["max_position_embeddings"] for c in clip)
+    tokens += _t5_tokens(configs("tokenizer_3").get("model_max_length"))
+    return {"prompt_embeds": (tokens, width), "pooled_prompt_embeds": (pooled,)}
+
+
+def _latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """A side is a multiple of what the VAE and a patch take together, and no larger than the
+    positions that the network knows.
+
+    Raises:
+        ValueError: it is not.
+    """
+    network, vae = configs("transformer"), configs("vae")
+    channels, own, most = (network[n] for n in ("in_channels", "sample_size", "pos_embed_max_size"))
+    if size is None:
+        if type(own) is not int or not 0 < own < 4096:
+            raise ValueError(f"its sample_size is {own!r}")
+        return channels, own, own
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    width, height = size
+    if width % (2 * factor) or height % (2 * factor):
+        raise ValueError(
+            f"this teacher's pictures have sides that are multiples of {2 * factor} pixels, not "
+            f"{width}x{height}"
+        )
+    if max(size) > 2 * factor * most:
+        raise ValueError(f"this teacher's pictures have sides of {2 * factor * most} at most")
+    return channels, height // factor, width // factor
+
+
+def _decode(pipeline: Any, z: Tensor) -> Tensor:
+    config = pipeline.vae.config  # decoding divides by the factor
+    return decode_with_vae(pipeline, z + (config.shift_factor or 0.0) * config.scaling_factor)
+
+
+def _base_model(configs: Configs) -> tuple[str, str]:
+    network = configs("transformer")
+    if not network.get("qk_norm"):
+        return "sd3", "stable-diffusion-3-medium"
+    is_medium = bool(network.get("dual_attention_layers"))
+    return "sd3", f"stable-diffusion-3.5-{'medium' if is_medium else 'large'}"
+
+
+FAMILY = Family(
+    pipeline=StableDiffusion3Pipeline,
+    network="transformer",
+    text_parts=(
+        *("tokenizer", "tokenizer_2", "tokenizer_3"),
+        *("text_encoder", "text_encoder_2", "text_encoder_3"),
+    ),
+    single_file=(),
+    lora_targets=LORA_TARGETS,
+    lora_names=lambda network: (),
+    feature_layers=lambda network: block_feature_layers(
+        network.transformer_blocks,  # type: ignore[arg-type]
+        "transformer_blocks",
+    ),
+    feature_map=lambda output, z: patches_to_map(output[1], z),  # text comes first
+    call=_call,
+    served={
+        "transformer": {"_class_name": ("SD3Transformer2DModel",), "patch_size": (2,)},
+        "vae": SERVED_VAE,
+        "text_encoder": {"_class_name": ("CLIPTextModelWithProjection",)},
+        "text_encoder_2": {"_class_name": ("CLIPTextModelWithProjection",)},
+        "text_encoder_3": {"_class_name": ("T5EncoderModel",)},
+    },
+    encode=_encode,
+    unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
+    of_size=lambda width, height: {},
+    conditioning=_conditioning,
+    latent_shape=_latent_shape,
+    decode=_decode,
+    base_model=_base_model,
+)

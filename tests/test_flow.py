@@ -1,0 +1,269 @@
+"""Flow families against diffusers' own pipelines: prompts, rollout, gradients, files."""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import changed, shake, tiny_table
+from flow import FLOW, make_flow_pipeline
+from rapm.config import Config
+from rapm.errors import UserError
+from rapm.estimate import make_plan
+from rapm.export import export_run, exported
+from rapm.models.resolve import resolve_teacher
+from rapm.models.teacher import Teacher
+from rapm.network import STUDENT, TEACHER
+from rapm.pipeline import make_trajectories, train_run
+from rapm.rollout import rollout
+from rapm.run import Run
+from rapm.sample import open_sampler
+from rapm.sampling import guided, noise, picture_noise
+from rapm.schedule import Grid, trailing_timesteps
+from rapm.settings import parse
+
+PROMPTS = ["a red star and a blue ring on grass", "one white cross on brick"]
+GRID = Grid(slots=2, fine_steps=5)
+
+
+@pytest.fixture(scope="module")
+def flow_teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in FLOW}
+    for kind, folder in folders.items():
+        make_flow_pipeline(kind).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(params=FLOW)
+def folder(request: pytest.FixtureRequest, flow_teachers: dict[str, Path]) -> Path:
+    return flow_teachers[request.param]
+
+
+def opened(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def texts_of(teacher: Teacher) -> Any:
+    return teacher.load(teacher.family.text_parts, torch.float32, "cpu")
+
+
+def falling(steps: int) -> list[float]:
+    """Sigmas before the shift."""
+    return [(t + 1) / 1000 for t in trailing_timesteps(steps)[:-1]]
+
+
+def test_encoding_is_the_pipelines(folder: Path) -> None:
+    teacher, pipeline = resolve_teacher(str(folder)), opened(folder)
+    texts, family = texts_of(teacher), teacher.family
+    prompts = family.encode(texts, PROMPTS)
+    for negative in ("", "blurry"):
+        found = pipeline.encode_prompt(PROMPTS, None, None, negative_prompt=negative)
+        for name, expected in zip(prompts, found[::2], strict=True):
+            torch.testing.assert_close(prompts[name], expected, rtol=0, atol=1e-6)
+        unconditional = family.unconditional(texts, negative)
+        for name, expected in zip(unconditional, found[1::2], strict=True):
+            own = unconditional[name].expand_as(expected)
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-6)
+    shapes = {name: tuple(value.shape[1:]) for name, value in prompts.items()}
+    assert shapes == family.conditioning(teacher.config)
+
+
+@pytest.mark.parametrize(("size", "negative", "scale"), [(None, "", 3.0), ((24, 32), "blur", 4.5)])
+def test_rollout_ends_where_the_pipeline_ends(
+    folder: Path, size: tuple[int, int] | None, negative: str, scale: float
+) -> None:
+    teacher = resolve_teacher(str(folder))
+    family, shape = teacher.family, teacher.latent_shape(size)
+    texts = texts_of(teacher)
+    backbone = teacher.backbone(teacher.load_network(torch.float32, "cpu"))
+    denoiser = guided(backbone, family.unconditional(texts, negative), scale)
+    z = torch.stack([noise(0, k, shape) for k in range(2)])
+    with backbone.adapter(TEACHER):
+        absolute, _ = rollout(
+            denoiser, teacher.schedule, GRID, z, dict(family.encode(texts, PROMPTS))
+        )
+    width, height = size or (16, 16)
+    pipeline = opened(folder)
+    given = {
+        "negative_prompt": [negative] * 2,
+        "guidance_scale": scale,
+        "sigmas": falling(10),
+        "latents": z,
+        "width": width,
+        "height": height,
+    }
+    expected = pipeline(PROMPTS, output_type="latent", **given).images
+    assert (expected - z).abs().max() > 0.1
+    torch.testing.assert_close(absolute[:, 0], expected, rtol=0, atol=1e-4)
+    pictures = pipeline(PROMPTS, output_type="pt", **given).images * 2 - 1
+    vae = teacher.load(["vae"], torch.float32, "cpu")
+    torch.testing.assert_close(family.decode(vae, absolute[:, 0]), pictures, rtol=0, atol=1e-4)
+
+
+def test_features_are_maps_of_the_blocks_at_their_depths(folder: Path) -> None:
+    """As hooks on a network of its own see them; each place is a patch's."""
+    teacher = resolve_teacher(str(folder))
+    network = teacher.load_network(torch.float32, "cpu")
+    plain, seen = copy.deepcopy(network), []
+    backbone = teacher.backbone(network)
+    z, t = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor(700)
+    prompts = teacher.family.encode(texts_of(teacher), PROMPTS)
+    with backbone.adapter(TEACHER), torch.no_grad():
+        maps = backbone.features(z, t.expand(2), prompts)
+    for name in teacher.family.feature_layers(plain):
+        plain.get_submodule(name).register_forward_hook(lambda *given: seen.append(given[2]))
+    with torch.no_grad():
+        teacher.family.call(plain, z, 1000 * teacher.schedule.sigma(t, t).expand(2), prompts)
+    assert len(maps) == len(seen) == 2
+    for found, (_, patches) in zip(maps, seen, strict=True):
+        assert found.shape == (2, patches.shape[2], 4, 6)
+        torch.testing.assert_close(found[:, :, 1, 3], patches[:, 9], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=["rapm", "midpoint"])
+def config(request: pytest.FixtureRequest, folder: Path, tiny_prompts: Path) -> Config:
+    table = tiny_table(folder, tiny_prompts)
+    if request.param == "midpoint":
+        del table["discriminators"]
+        del table["trajectories"]["fine_steps"], table["trajectories"]["shard_size"]
+    return parse(table | {"method": request.param}, "tests")
+
+
+def distilled(config: Config, folder: Path) -> Run:
+    run = Run.open(folder, config)
+    make_trajectories(run)
+    assert train_run(run)
+    return run
+
+
+def test_a_run_from_trajectories_to_files(config: Config, folder: Path, tmp_path: Path) -> None:
+    """Resumed to the bit; the LoRA moves the pipeline to the student's pictures."""
+    config = changed(config, student={"learning_rate": 0.02}, training={"warmup": 0})
+    whole = distilled(config, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole.folder, stopped)
+    (stopped / "checkpoints" / "step-00000008.safetensors").unlink()
+    (stopped / "checkpoints" / "step-00000010.safetensors").unlink()
+    run = Run.open(stopped, config)
+    assert train_run(run)
+    for name in ("step-00000008.safetensors", "step-00000010.safetensors"):
+        assert filecmp.cmp(run.checkpoints / name, whole.checkpoints / name, shallow=False)
+
+    files = export_run(whole)
+    assert exported(whole) == files
+    assert not files.kohya.exists()
+    sampler, pipeline = open_sampler(whole), opened(folder)
+    own = sampler.latents(STUDENT, PROMPTS, [3, 4], num_steps=3)
+    z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
+
+    def draw() -> Tensor:
+        given = {"sigmas": falling(3), "guidance_scale": 1.0, "latents": z}
+        return pipeline(PROMPTS, output_type="latent", **given).images
+
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+        whole.export, subfolder="scheduler"
+    )
+    before = draw()
+    pipeline.load_lora_weights(str(whole.export))
+    assert (draw() - own).abs().max() < 1e-3
+    assert (before - own).abs().max() > 1e-2
+    names = {name.partition(".lora_")[0] for name in load_file(files.diffusers)}
+    linear = {
+        f"transformer.{name}"
+        for name, module in pipeline.transformer.named_modules()
+        if name.startswith("transformer_blocks.") and ".norm" not in name
+        if type(module).__name__ == "Linear" and "lora" not in name
+    }
+    assert names == {name.removesuffix(".base_layer") for name in linear}
+    card = (whole.export / "README.md").read_text("utf-8")
+    assert "sigmas=[1.0, 0.667, 0.333]" in card
+    assert "The shift is 3:" in card
+
+
+def test_gradients_are_those_of_a_copy_with_one_adapter(folder: Path) -> None:
+    """The student's, with discriminators' adapters beside it, with and without checkpointing."""
+    teacher = resolve_teacher(str(folder))
+    prompts = teacher.family.encode(texts_of(teacher), PROMPTS)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for others, checkpointing in ((0, False), (2, False), (2, True)):
+        network = teacher.load_network(torch.float32, "cpu")
+        backbone = teacher.backbone(network, gradient_checkpointing=checkpointing)
+        for k, name in enumerate([STUDENT, "a", "b"][: 1 + others]):
+            backbone.add_adapter(name, 2, backbone.lora_targets, k)
+            shake(backbone.parameters(name), k)
+        with backbone.adapter(STUDENT):
+            backbone(z, torch.tensor([999, 400]), prompts).square().sum().backward()
+        found.append({n: p.grad for n, p in backbone.parameters(STUDENT).items()})
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_planned(config: Config) -> None:
+    plan = make_plan(config, resolve_teacher(config.teacher))
+    assert (plan.calls > 0) == (config.method == "rapm")
+    assert plan.memory["training"]["network"] > 0
+    tokens = 24 + 256
+    prompt = (tokens * 40 + 32) * 4
+    assert plan.disk["prompts' embeddings, at most"] == 7 * prompt
+
+
+def test_a_tokenizer_may_end_before_the_pipelines_limit(tmp_path: Path) -> None:
+    make_flow_pipeline(max_tokens=24).save_pretrained(tmp_path)
+    teacher = resolve_teacher(str(tmp_path))
+    texts = texts_of(teacher)
+    found = teacher.family.encode(texts, PROMPTS)["prompt_embeds"]
+    assert tuple(found.shape[1:]) == teacher.family.conditioning(teacher.config)["prompt_embeds"]
+    given = {"max_sequence_length": 24, "do_classifier_free_guidance": False}
+    expected = opened(tmp_path).encode_prompt(PROMPTS, None, None, **given)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("part", "told", "message"),
+    [
+        ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting = True"),
+        ("scheduler", {"shift_terminal": 0.1}, "has shift_terminal = 0.1"),
+        ("scheduler", {"shift": 0}, "shift is 0, and not from 0.01 to 100"),
+        ("scheduler", {"shift": True}, "shift is True"),
+        ("scheduler", {"num_train_timesteps": 500}, "has 500 timesteps"),
+        ("transformer", {"joint_attention_dim": 41}, "joint_attention_dim is 41"),
+        ("transformer", {"pooled_projection_dim": 31}, "pooled_projection_dim is 31"),
+        ("transformer", {"patch_size": 4}, "has patch_size = 4"),
+        ("transformer", {"num_layers": 4}, "has no tensor"),
+        ("transformer", {"sample_size": "8"}, "its transformer: unsupported operand"),
+    ],
+)
+def test_configs_that_do_not_go_are_one_line(
+    folder: Path, tmp_path: Path, part: str, told: dict[str, Any], message: str
+) -> None:
+    copied = tmp_path / "teacher"
+    shutil.copytree(folder, copied)
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    config = json.loads((copied / part / name).read_text())
+    (copied / part / name).write_text(json.dumps(config | told))
+    with pytest.raises(UserError, match=message) as error:
+        resolve_teacher(str(copied))
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_the_network_does_not_know_are_refused(folder: Path) -> None:
+    teacher = resolve_teacher(str(folder))
+    with pytest.raises(UserError, match="multiples of 4 pixels, not 18x16"):
+        teacher.latent_shape((18, 16))
+    with pytest.raises(UserError, match="sides of 48 at most"):
+        teacher.latent_shape((52, 16))
+    assert teacher.latent_shape((48, 16)) == (4, 8, 24)
