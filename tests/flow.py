@@ -7,14 +7,24 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -22,7 +32,7 @@ from transformers import (
 
 from rapm.toy import TEACHER
 
-FLOW = ("sd3",)  # the rows of the test table
+FLOW = ("sd3", "z_image", "flux2")  # the rows of the test table
 
 
 def t5_tokenizer(max_tokens: int) -> Any:
@@ -70,13 +80,105 @@ def make_transformer() -> SD3Transformer2DModel:
     ).eval()
 
 
-def make_flow_pipeline(kind: str = "sd3", max_tokens: int = 512) -> Any:
-    """Latents 4 x 8 x 8, pictures 16 x 16; a shift of 3.
+def make_flow_pipeline(kind: str) -> Any:
+    """Latents 4 x 8 x 8 of pictures 16 x 16; of flux2 packed to 16 x 4 x 4."""
+    return {"sd3": make_sd3, "z_image": make_z_image, "flux2": make_flux2}[kind]()
+
+
+def qwen_tokenizer() -> Any:
+    """A letter is a token; a chat is told as Qwen's is."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: k for k, token in enumerate([*letters, *marks])}
+    tokenizer = Qwen2TokenizerFast(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    tokenizer.model_max_length = 2048
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def make_qwen(tokenizer: Any, layers: int, kind: Any = Qwen3Model) -> Any:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+    return kind(config).eval()
+
+
+def make_flux2() -> Flux2KleinPipeline:
+    """The scheduler says that its shift depends on the picture's size."""
+    torch.manual_seed(1)
+    tokenizer = qwen_tokenizer()
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    vae.bn.running_mean += 0.1 * torch.arange(16)
+    vae.bn.running_var += 0.2 * torch.arange(16)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=72,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    ).eval()
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=make_qwen(tokenizer, 27, Qwen3ForCausalLM),
+        tokenizer=tokenizer,
+    )
+
+
+def make_z_image() -> ZImagePipeline:
+    """A shift of 6, as the base model's."""
+    torch.manual_seed(1)
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 2, 2],
+        axes_lens=[600, 300, 300],
+    ).eval()
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=make_flow_vae(),
+        text_encoder=make_qwen(tokenizer, 3),
+        tokenizer=tokenizer,
+    )
+
+
+def make_sd3(max_tokens: int = 512) -> StableDiffusion3Pipeline:
+    """A shift of 3.
 
     Args:
         max_tokens: where the T5 tokenizer ends; published ones say 512.
     """
-    assert kind in FLOW
     torch.manual_seed(1)
     vae, tokenizer = make_flow_vae(), CLIPTokenizer.from_pretrained(TEACHER / "tokenizer")
     t5 = t5_tokenizer(max_tokens)

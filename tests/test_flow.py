@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import filecmp
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import changed, shake, tiny_table
-from flow import FLOW, make_flow_pipeline
+from flow import FLOW, make_flow_pipeline, make_sd3
 from rapm.config import Config
 from rapm.errors import UserError
 from rapm.estimate import make_plan
@@ -49,6 +51,10 @@ def folder(request: pytest.FixtureRequest, flow_teachers: dict[str, Path]) -> Pa
     return flow_teachers[request.param]
 
 
+def resolved(folder: Path | str, size: tuple[int, int] = (16, 16)) -> Teacher:
+    return resolve_teacher(str(folder), size=size)
+
+
 def opened(folder: Path) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,26 +71,42 @@ def falling(steps: int) -> list[float]:
 
 
 def test_encoding_is_the_pipelines(folder: Path) -> None:
-    teacher, pipeline = resolve_teacher(str(folder)), opened(folder)
-    texts, family = texts_of(teacher), teacher.family
-    prompts = family.encode(texts, PROMPTS)
-    for negative in ("", "blurry"):
-        found = pipeline.encode_prompt(PROMPTS, None, None, negative_prompt=negative)
-        for name, expected in zip(prompts, found[::2], strict=True):
-            torch.testing.assert_close(prompts[name], expected, rtol=0, atol=1e-6)
-        unconditional = family.unconditional(texts, negative)
-        for name, expected in zip(unconditional, found[1::2], strict=True):
-            own = unconditional[name].expand_as(expected)
-            torch.testing.assert_close(own, expected, rtol=0, atol=1e-6)
+    teacher, pipeline = resolved(folder), opened(folder)
+    encoders, family = texts_of(teacher), teacher.family
+    prompts = family.encode(encoders, PROMPTS)
     shapes = {name: tuple(value.shape[1:]) for name, value in prompts.items()}
     assert shapes == family.conditioning(teacher.config)
+    for negative in ("", "blurry"):
+        unconditional = family.unconditional(encoders, negative)
+        given = {"prompt": [*PROMPTS], "negative_prompt": [negative] * 2}
+        if type(pipeline).__name__ == "Flux2KleinPipeline":
+            for own, texts in ((prompts, PROMPTS), (unconditional, negative)):
+                torch.testing.assert_close(own["prompt_embeds"], pipeline.encode_prompt(texts)[0])
+        elif "pooled_prompt_embeds" in prompts:
+            found = pipeline.encode_prompt(**given, prompt_2=None, prompt_3=None)
+            both = zip((prompts, unconditional), (found[::2], found[1::2]), strict=True)
+            for own, expected in both:
+                for name, value in zip(own, expected, strict=True):
+                    torch.testing.assert_close(own[name].expand_as(value), value)
+        else:  # ragged
+            for own, rows in zip(
+                (prompts, unconditional), pipeline.encode_prompt(**given), strict=True
+            ):
+                for embeds, mask, row in zip(
+                    own["prompt_embeds"], own["prompt_mask"], rows, strict=False
+                ):
+                    torch.testing.assert_close(embeds[: len(row)], row)
+                    assert mask.sum() == mask[: len(row)].sum() == len(row)
+                    assert not embeds[len(row) :].any()
 
 
-@pytest.mark.parametrize(("size", "negative", "scale"), [(None, "", 3.0), ((24, 32), "blur", 4.5)])
+@pytest.mark.parametrize(
+    ("size", "negative", "scale"), [((16, 16), "", 3.0), ((24, 32), "blur", 4.5), ((16, 16), "", 1)]
+)
 def test_rollout_ends_where_the_pipeline_ends(
-    folder: Path, size: tuple[int, int] | None, negative: str, scale: float
+    folder: Path, size: tuple[int, int], negative: str, scale: float
 ) -> None:
-    teacher = resolve_teacher(str(folder))
+    teacher = resolved(folder, size)
     family, shape = teacher.family, teacher.latent_shape(size)
     texts = texts_of(teacher)
     backbone = teacher.backbone(teacher.load_network(torch.float32, "cpu"))
@@ -94,31 +116,41 @@ def test_rollout_ends_where_the_pipeline_ends(
         absolute, _ = rollout(
             denoiser, teacher.schedule, GRID, z, dict(family.encode(texts, PROMPTS))
         )
-    width, height = size or (16, 16)
+    width, height = size
     pipeline = opened(folder)
+    pipeline.scheduler = teacher.scheduler()
     given = {
-        "negative_prompt": [negative] * 2,
-        "guidance_scale": scale,
+        "guidance_scale": family.pipeline_guidance(scale),
         "sigmas": falling(10),
         "latents": z,
         "width": width,
         "height": height,
     }
-    expected = pipeline(PROMPTS, output_type="latent", **given).images
-    assert (expected - z).abs().max() > 0.1
-    torch.testing.assert_close(absolute[:, 0], expected, rtol=0, atol=1e-4)
-    pictures = pipeline(PROMPTS, output_type="pt", **given).images * 2 - 1
+
+    def draw(output_type: str) -> Tensor:  # some write into the lists that they are given
+        lists: dict[str, Any] = {"prompt": [*PROMPTS], "negative_prompt": [negative] * 2}
+        if type(pipeline).__name__ == "Flux2KleinPipeline":  # which has no negative prompts
+            lists["negative_prompt_embeds"] = pipeline.encode_prompt([negative] * 2)[0]
+            del lists["negative_prompt"]
+        return pipeline(**lists, **given, output_type=output_type).images
+
+    if family.packing == 1:  # else the pipeline gives others than it takes
+        expected = draw("latent")
+        assert (expected - z).abs().max() > 0.1
+        torch.testing.assert_close(absolute[:, 0], expected, rtol=0, atol=1e-4)
+    pictures = draw("pt") * 2 - 1
     vae = teacher.load(["vae"], torch.float32, "cpu")
     torch.testing.assert_close(family.decode(vae, absolute[:, 0]), pictures, rtol=0, atol=1e-4)
 
 
 def test_features_are_maps_of_the_blocks_at_their_depths(folder: Path) -> None:
     """As hooks on a network of its own see them; each place is a patch's."""
-    teacher = resolve_teacher(str(folder))
+    teacher = resolved(folder)
     network = teacher.load_network(torch.float32, "cpu")
     plain, seen = copy.deepcopy(network), []
     backbone = teacher.backbone(network)
-    z, t = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor(700)
+    shape = teacher.latent_shape((24, 16))
+    z, t = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), torch.tensor(700)
     prompts = teacher.family.encode(texts_of(teacher), PROMPTS)
     with backbone.adapter(TEACHER), torch.no_grad():
         maps = backbone.features(z, t.expand(2), prompts)
@@ -126,8 +158,11 @@ def test_features_are_maps_of_the_blocks_at_their_depths(folder: Path) -> None:
         plain.get_submodule(name).register_forward_hook(lambda *given: seen.append(given[2]))
     with torch.no_grad():
         teacher.family.call(plain, z, 1000 * teacher.schedule.sigma(t, t).expand(2), prompts)
-    assert len(maps) == len(seen) == 2
-    for found, (_, patches) in zip(maps, seen, strict=True):
+    assert len(maps) == len(seen) >= 2
+    for found, output in zip(maps, seen, strict=True):
+        patches = output[1] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor) and teacher.family.packing == 2:  # the text is before it
+            patches = patches[:, -24:]
         assert found.shape == (2, patches.shape[2], 4, 6)
         torch.testing.assert_close(found[:, :, 1, 3], patches[:, 9], rtol=1e-5, atol=1e-5)
 
@@ -135,6 +170,7 @@ def test_features_are_maps_of_the_blocks_at_their_depths(folder: Path) -> None:
 @pytest.fixture(params=["rapm", "midpoint"])
 def config(request: pytest.FixtureRequest, folder: Path, tiny_prompts: Path) -> Config:
     table = tiny_table(folder, tiny_prompts)
+    table["trajectories"]["size"] = "16x16"
     if request.param == "midpoint":
         del table["discriminators"]
         del table["trajectories"]["fine_steps"], table["trajectories"]["shard_size"]
@@ -165,12 +201,13 @@ def test_a_run_from_trajectories_to_files(config: Config, folder: Path, tmp_path
     assert exported(whole) == files
     assert not files.kohya.exists()
     sampler, pipeline = open_sampler(whole), opened(folder)
-    own = sampler.latents(STUDENT, PROMPTS, [3, 4], num_steps=3)
-    z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
+    own = (sampler.images(STUDENT, PROMPTS, [3, 4], num_steps=3) + 1) / 2
+    z = torch.stack([picture_noise(seed, sampler.shape) for seed in (3, 4)])
 
     def draw() -> Tensor:
-        given = {"sigmas": falling(3), "guidance_scale": 1.0, "latents": z}
-        return pipeline(PROMPTS, output_type="latent", **given).images
+        given = {"sigmas": falling(3), "latents": z, "width": 16, "height": 16}
+        given["guidance_scale"] = sampler.teacher.family.pipeline_guidance(1)
+        return pipeline(prompt=[*PROMPTS], output_type="pt", **given).images
 
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
         whole.export, subfolder="scheduler"
@@ -183,20 +220,22 @@ def test_a_run_from_trajectories_to_files(config: Config, folder: Path, tmp_path
     linear = {
         f"transformer.{name}"
         for name, module in pipeline.transformer.named_modules()
-        if name.startswith("transformer_blocks.") and ".norm" not in name
+        if re.search(r"\.(attn2?|attention|ff|ff_context|feed_forward)\.", name)
         if type(module).__name__ == "Linear" and "lora" not in name
     }
     assert names == {name.removesuffix(".base_layer") for name in linear}
     card = (whole.export / "README.md").read_text("utf-8")
     assert "sigmas=[1.0, 0.667, 0.333]" in card
-    assert "The shift is 3:" in card
+    assert f"The shift is {pipeline.scheduler.config.shift:.4g}:" in card
+    assert f"guidance_scale={sampler.teacher.family.pipeline_guidance(1)})" in card
 
 
 def test_gradients_are_those_of_a_copy_with_one_adapter(folder: Path) -> None:
     """The student's, with discriminators' adapters beside it, with and without checkpointing."""
-    teacher = resolve_teacher(str(folder))
+    teacher = resolved(folder)
     prompts = teacher.family.encode(texts_of(teacher), PROMPTS)
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    shape = teacher.latent_shape((16, 16))
+    z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     found = []
     for others, checkpointing in ((0, False), (2, False), (2, True)):
         network = teacher.load_network(torch.float32, "cpu")
@@ -213,17 +252,17 @@ def test_gradients_are_those_of_a_copy_with_one_adapter(folder: Path) -> None:
 
 
 def test_it_is_planned(config: Config) -> None:
-    plan = make_plan(config, resolve_teacher(config.teacher))
+    plan = make_plan(config, resolved(config.teacher))
     assert (plan.calls > 0) == (config.method == "rapm")
     assert plan.memory["training"]["network"] > 0
-    tokens = 24 + 256
-    prompt = (tokens * 40 + 32) * 4
+    teacher = resolved(config.teacher)
+    prompt = 4 * sum(map(math.prod, teacher.family.conditioning(teacher.config).values()))
     assert plan.disk["prompts' embeddings, at most"] == 7 * prompt
 
 
 def test_a_tokenizer_may_end_before_the_pipelines_limit(tmp_path: Path) -> None:
-    make_flow_pipeline(max_tokens=24).save_pretrained(tmp_path)
-    teacher = resolve_teacher(str(tmp_path))
+    make_sd3(max_tokens=24).save_pretrained(tmp_path)
+    teacher = resolved(tmp_path)
     texts = texts_of(teacher)
     found = teacher.family.encode(texts, PROMPTS)["prompt_embeds"]
     assert tuple(found.shape[1:]) == teacher.family.conditioning(teacher.config)["prompt_embeds"]
@@ -236,6 +275,7 @@ def test_a_tokenizer_may_end_before_the_pipelines_limit(tmp_path: Path) -> None:
     ("part", "told", "message"),
     [
         ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting = True"),
+        ("scheduler", {"_class_name": "DDIMScheduler"}, "a StableDiffusion3Pipeline takes a Flow"),
         ("scheduler", {"shift_terminal": 0.1}, "has shift_terminal = 0.1"),
         ("scheduler", {"shift": 0}, "shift is 0, and not from 0.01 to 100"),
         ("scheduler", {"shift": True}, "shift is True"),
@@ -248,22 +288,25 @@ def test_a_tokenizer_may_end_before_the_pipelines_limit(tmp_path: Path) -> None:
     ],
 )
 def test_configs_that_do_not_go_are_one_line(
-    folder: Path, tmp_path: Path, part: str, told: dict[str, Any], message: str
+    flow_teachers: dict[str, Path], tmp_path: Path, part: str, told: dict[str, Any], message: str
 ) -> None:
     copied = tmp_path / "teacher"
-    shutil.copytree(folder, copied)
+    shutil.copytree(flow_teachers["sd3"], copied)
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     config = json.loads((copied / part / name).read_text())
     (copied / part / name).write_text(json.dumps(config | told))
     with pytest.raises(UserError, match=message) as error:
-        resolve_teacher(str(copied))
+        resolved(copied)
     assert "\n" not in str(error.value)
 
 
-def test_sizes_that_the_network_does_not_know_are_refused(folder: Path) -> None:
-    teacher = resolve_teacher(str(folder))
-    with pytest.raises(UserError, match="multiples of 4 pixels, not 18x16"):
-        teacher.latent_shape((18, 16))
-    with pytest.raises(UserError, match="sides of 48 at most"):
+def test_sizes_that_the_network_does_not_know_are_refused(flow_teachers: dict[str, Path]) -> None:
+    for folder in flow_teachers.values():
+        teacher = resolved(folder)
+        with pytest.raises(UserError, match="multiples of 4 pixels, not 18x16"):
+            teacher.latent_shape((18, 16))
+        cell = teacher.family.packing
+        assert teacher.latent_shape((48, 16)) == (4 * cell**2, 8 // cell, 24 // cell)
+    teacher = resolved(flow_teachers["sd3"])
+    with pytest.raises(UserError, match="sides of 48 pixels at most"):
         teacher.latent_shape((52, 16))
-    assert teacher.latent_shape((48, 16)) == (4, 8, 24)

@@ -191,7 +191,7 @@ def test_the_library_grows_no_more():
     were checked, 8,749 with that; samples, signs, page and trackers added 1,100, others' configs
     200 more, scores by published networks 1,350, the page of all runs 230. docs/log.md says what
     the difference is."""
-    assert sum(LENGTHS.values()) <= 12_100
+    assert sum(LENGTHS.values()) <= 12_400
 
 
 def test_lines_fit_a_screen():

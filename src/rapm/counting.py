@@ -103,8 +103,10 @@ def _flash_attention() -> Iterator[None]:
     """Attention as GPUs have it. The form it takes on meta holds its matrix of weights."""
     plain = F.scaled_dot_product_attention
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: Any = None, **__: Any) -> Tensor:
-        return _ATEN._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    def flash(
+        query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: Any = None, **__: Any
+    ) -> Tensor:
+        return _ATEN._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
 
     F.scaled_dot_product_attention = flash
     try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle
 
 from rapm.config import Config
 from rapm.counting import count
@@ -213,7 +214,8 @@ def _other_stages(
     *encoders, whole = (bytes_of(part.parameters()) for part in drawn)
     for_vae = torch.float32 if config.precision == "float16" else dtype
     vae = bare.draw("vae", for_vae, "meta").requires_grad_(False)
-    flops, decoding = count(lambda: vae.decode(z.to(for_vae), return_dict=False))
+    unpacked = pixel_shuffle(z.to(for_vae), teacher.family.packing)
+    flops, decoding = count(lambda: vae.decode(unpacked, return_dict=False))
     computed = {sampling: "activations", decoding: "VAE's activations"}
     encoding, kept = {"text encoders": sum(encoders)}, {"VAE": bytes_of(vae.parameters())}
     stages = {"encoding prompts": encoding}

@@ -92,7 +92,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 pipe = DiffusionPipeline.from_pretrained("TEACHER")
 pipe.load_lora_weights("FOLDER", weight_name="{diffusers_file}")
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler")
-image = pipe("a prompt", sigmas={sigmas}, guidance_scale=1.0).images[0]
+image = pipe(prompt="a prompt", sigmas={sigmas}, guidance_scale={guidance}).images[0]
 ```
 
 TEACHER is the model it was distilled from, FOLDER is where this file is. Give `sigmas` as they are
@@ -101,7 +101,7 @@ here: the {steps} steps that diffusers takes by itself are others, and the last 
 ## ComfyUI
 
 The file goes where your LoRAs are, under any name. {steps} steps, cfg 1, sampler euler, scheduler
-simple. The shift is {shift:g}: ModelSamplingSD3 sets it where the model's own is another.
+simple. The shift is {shift:.4g}: ModelSamplingSD3 sets it where the model's own is another.
 """
 SCORES_END = "<!-- rapm: end of scores -->\n"
 
@@ -182,14 +182,14 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
 
 
 def _how_to_use(teacher: Teacher, steps: int, kohya_file: str) -> str:
-    is_flow = teacher.schedule.prediction_type == "flow"
-    return (OF_FLOW if is_flow else OF_BETAS).format(
+    return (OF_FLOW if teacher.family.flow else OF_BETAS).format(
         steps=steps,
         diffusers_file=DIFFUSERS_FILE,
         kohya_file=code_span(kohya_file),
         kohya_cell=code_cell(kohya_file),
         sigmas=[(t + 1) / 1000 for t in trailing_timesteps(steps)[:-1]],
-        shift=teacher.config("scheduler").get("shift", 1.0),
+        guidance=teacher.family.pipeline_guidance(1),
+        shift=teacher.schedule.shift,
     )
 
 

@@ -150,7 +150,11 @@ class Backbone:
             seed: of its first weights.
         """
         assert self.active is None and name not in self.configs, f"adapter {name} added twice"
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+        # By their whole names: "to_out" is a layer in one block and a list of layers in another.
+        kinds, endings = nn.Linear | nn.Conv2d | BaseTunerLayer, tuple(f".{t}" for t in targets)
+        modules = self.network.named_modules()
+        layers = [n for n, m in modules if isinstance(m, kinds) and f".{n}".endswith(endings)]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
             torch.manual_seed(seed)

@@ -45,12 +45,14 @@ class Schedule:
         times: float64 [T + 1], what a network is fed as time.
         prediction_type: what the network predicts: diffusers' names, or ``flow``, the velocity eps
             - x0.
+        shift: of a flow's timesteps, see :meth:`flow`.
     """
 
     alphas: Tensor = field(repr=False)
     sigmas: Tensor = field(repr=False)
     times: Tensor = field(repr=False)
     prediction_type: PredictionType = "epsilon"
+    shift: float = 1.0
 
     @classmethod
     def of(
@@ -79,7 +81,7 @@ class Schedule:
         """
         u = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         sigmas = shift * u / (1 + (shift - 1) * u)
-        return cls(1 - sigmas, sigmas, num_train_timesteps * sigmas, "flow")
+        return cls(1 - sigmas, sigmas, num_train_timesteps * sigmas, "flow", shift)
 
     @property
     def num_train_timesteps(self) -> int:

@@ -49,6 +49,12 @@ class Family:
             CPU.
         base_model: ``(configs) ->`` what a LoRA's metadata call a model of this kind: kohya's
             ``ss_base_model_version`` and Stability AI's ``modelspec.architecture``.
+        flow: it is rectified flow, whose schedulers have shifts, and not betas.
+        packing: a cell of z is a square of so many of the VAE's latents a side.
+        shift: ``(scheduler's config, patches of a picture) -> shift`` of a flow whose scheduler
+            says ``use_dynamic_shifting``.
+        pipeline_guidance: what the pipeline is to be called with for a guidance scale, where 1 is
+            none.
     """
 
     pipeline: type[Any]
@@ -68,6 +74,10 @@ class Family:
     latent_shape: Callable[[Configs, tuple[int, int] | None], tuple[int, int, int]]
     decode: Callable[[Any, Tensor], Tensor]
     base_model: Callable[[Configs], tuple[str, str]]
+    pipeline_guidance: Callable[[float], float] = float
+    flow: bool = False
+    packing: int = 1
+    shift: Callable[[Mapping[str, Any], int], float] | None = None
 
 
 Configs = Callable[[str], Mapping[str, Any]]
@@ -75,6 +85,7 @@ Configs = Callable[[str], Mapping[str, Any]]
 
 def families() -> list[Family]:
     """All that there are."""
-    from rapm.models import sd3, sdxl, stable_diffusion
+    from rapm.models import flux2, sd3, sdxl, stable_diffusion, z_image
 
-    return [stable_diffusion.FAMILY, sdxl.FAMILY, sd3.FAMILY]
+    modules = (stable_diffusion, sdxl, sd3, z_image, flux2)
+    return [module.FAMILY for module in modules]

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import yaml
+from torch.nn.functional import pixel_shuffle
 
 from rapm.errors import UserError
 from rapm.io import load_metadata
-from rapm.models.files import TEXT_BYTES, header_of, reading
+from rapm.models.files import TEXT_BYTES, header_of, read_json, reading
 from rapm.models.parts import Part
 from rapm.models.teacher import Teacher
 from rapm.schedule import PredictionType
@@ -129,34 +130,37 @@ def check_configs(teacher: Teacher) -> None:
     """
     source, family, config = teacher.source, teacher.family, teacher.config
     for part, served in family.served.items():
-        kind = Part(source, teacher.folder, part).kind().__name__
-        given = {**config(part), "_class_name": kind}
+        if part == "pipeline":
+            given: dict[str, Any] = read_json(teacher.folder / "model_index.json")
+        else:
+            kind = Part(source, teacher.folder, part).kind().__name__
+            given = {**config(part), "_class_name": kind}
         for field, values in {**_LOADED, **served}.items():
             if given.get(field, values[0]) not in values:
                 raise UserError(
                     f"teacher '{source}': its {part} has {field} = {given[field]!r}; this version "
                     f"distils teachers with {' or '.join(map(repr, values))} there"
                 )
-    for part in (family.network, *family.served):
+    for part in (family.network, *(part for part in family.served if part != "pipeline")):
         _check_counts(source, part, config(part))
     with reading(source, f"{family.network}'s or text encoders' config"):
         family.conditioning(config)
     network, vae = config(family.network), config("vae")
-    channels = network.get("in_channels"), vae.get("latent_channels")
-    if None in channels or not vae.get("block_out_channels"):
+    takes, gives = network.get("in_channels"), vae.get("latent_channels")
+    if takes is None or gives is None or not vae.get("block_out_channels"):
         raise UserError(
             f"teacher '{source}': the config of its {family.network} or vae is incomplete"
         )
     _check_latents(source, vae)
-    if channels[0] != channels[1]:
+    if takes != gives * family.packing**2:
         raise UserError(
-            f"teacher '{source}' takes {channels[0]} channels where its VAE gives {channels[1]}: "
+            f"teacher '{source}' takes {takes} channels where its VAE gives {gives}: "
             f"an inpainting or editing "
             "model, not a text-to-image one"
         )
-    if network.get("out_channels", channels[0]) != channels[0]:
+    if (network.get("out_channels") or takes) != takes:
         raise UserError(
-            f"teacher '{source}' predicts {network['out_channels']} channels of {channels[0]} (a "
+            f"teacher '{source}' predicts {network['out_channels']} channels of {takes} (a "
             "variance too?); this version distils teachers that predict the latent's"
         )
 
@@ -235,7 +239,7 @@ def _call_all(teacher: Teacher) -> None:
             given |= {name: x.to("meta") for name, x in family.of_size(*size).items()}
             family.call(layout(family.network), z, torch.empty(1, device="meta"), given)
         with reading(source, "vae"):
-            layout("vae").decode(z, return_dict=False)
+            layout("vae").decode(pixel_shuffle(z, family.packing), return_dict=False)
         for part in family.text_parts:
             if part.startswith("text_encoder"):
                 with reading(source, part):

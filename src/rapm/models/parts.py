@@ -246,7 +246,7 @@ class Part:
             raise UserError(f"{refused} has no tensor '{missing[0]}'{more}")
         for name, tensor in expected.items():
             found = placed[name]
-            if not found.is_floating_point():
+            if tensor.is_floating_point() and not found.is_floating_point():
                 raise UserError(
                     f"{refused} holds '{original(name)}' quantised to integers; take the model in "
                     "float16, bfloat16 or float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,13 @@ PUBLISHED = {
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ()) -> Teacher:
+def resolve_teacher(
+    source: str,
+    *,
+    config: str = "",
+    loras: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+) -> Teacher:
     """Finds a teacher.
 
     Args:
@@ -47,6 +54,8 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
             own too. Without it they are those of the model it descends from, taken from the hub or
             its cache.
         loras: ``FILE`` or ``FILE:STRENGTH`` each.
+        size: of the pictures, (width, height) in pixels, where a flow's shift depends on it; the
+            teacher's own when left out.
 
     Raises:
         UserError: there is no such teacher, or it is of no known family.
@@ -91,7 +100,13 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
     own = parts_of(source, folder, family)
     mark = _fingerprint(own, files, strengths, weights=checkpoint is None)
     captions = scenes.captions if source == "toy" else None
-    schedule = schedule_of(source, Part(source, folder, "scheduler").config())
+
+    def patches() -> int:
+        shape = family.latent_shape(lambda part: Part(source, folder, part).config(), size)
+        return math.prod(shape[1:]) * family.packing**2 // 4
+
+    scheduler = Part(source, folder, "scheduler").config()
+    schedule = schedule_of(source, scheduler, family, patches)
     teacher = Teacher(source, folder, checkpoint, random, parts, family, schedule, mark, captions)
     check_claims(teacher, config)
     if checkpoint:
@@ -109,7 +124,12 @@ def resolve_teacher(source: str, *, config: str = "", loras: Sequence[str] = ())
 
 def teacher_of(config: Config) -> Teacher:
     """A run's teacher; raises as :func:`resolve_teacher` does."""
-    return resolve_teacher(config.teacher, config=config.teacher_config, loras=config.teacher_loras)
+    return resolve_teacher(
+        config.teacher,
+        config=config.teacher_config,
+        loras=config.teacher_loras,
+        size=config.trajectories.sizes()[0],
+    )
 
 
 def architecture_of(config: Config) -> Teacher:
@@ -117,7 +137,8 @@ def architecture_of(config: Config) -> Teacher:
     published = PUBLISHED.get(config.teacher.partition("@")[0])
     if not published:
         return teacher_of(config)
-    return replace(resolve_teacher(published), source=config.teacher)
+    teacher = resolve_teacher(published, size=config.trajectories.sizes()[0])
+    return replace(teacher, source=config.teacher)
 
 
 @cache

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
 
 from rapm.errors import UserError
+from rapm.models import Family
 from rapm.models.files import reading
 from rapm.schedule import Schedule
 
@@ -22,6 +23,7 @@ _PLAIN = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "stochastic_sampling": False,
+    "time_shift_type": "exponential",
 }
 
 
@@ -30,30 +32,44 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return config.get("_class_name") == FLOW
 
 
-def scheduler_of(config: Any) -> Any:
+def scheduler_of(config: Any, shift: float = 1.0) -> Any:
     """The deterministic scheduler of a teacher, whatever scheduler its config is of.
 
-    Of a flow it is its own. Of other teachers it is DDIM: their betas, trailing timesteps, nothing
-    clipped. What a config of another scheduler leaves out is what Stable Diffusion has, and not
-    what DDIMScheduler's defaults are.
+    Of a flow it is its own, of the one shift that the schedule has. Of other teachers it is DDIM:
+    their betas, trailing timesteps, nothing clipped. What a config of another scheduler leaves out
+    is what Stable Diffusion has, and not what DDIMScheduler's defaults are.
     """
     if is_flow(config):
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        own = {"shift": shift, "use_dynamic_shifting": False}
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, **own)
     final = {} if "set_alpha_to_one" in config else {"set_alpha_to_one": False}
     own = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
     return diffusers.DDIMScheduler.from_config(config, **own, **final)
 
 
-def schedule_of(source: str, config: Mapping[str, Any]) -> Schedule:
+def schedule_of(
+    source: str, config: Mapping[str, Any], family: Family, patches: Callable[[], int]
+) -> Schedule:
     """What a scheduler's config says.
 
     Args:
         source: the teacher as the user named it, for messages.
+        patches: of a picture, by whose number some shift.
 
     Raises:
         UserError: it is damaged, or of a kind that this version does not distil.
     """
-    return _flow(source, config) if is_flow(config) else _betas(source, config)
+    if is_flow(config) != family.flow:
+        name, kind = config.get("_class_name", "scheduler"), family.pipeline.__name__
+        takes = f"a {FLOW}" if family.flow else "a scheduler with betas"
+        raise UserError(f"teacher '{source}' has a {name}; a {kind} takes {takes}")
+    if not family.flow:
+        return _betas(source, config)
+    if config.get("use_dynamic_shifting") and family.shift:
+        with reading(source, "scheduler"):
+            config = {**config, "shift": family.shift(config, patches())}
+            config["use_dynamic_shifting"] = False
+    return _flow(source, config)
 
 
 def _flow(source: str, config: Mapping[str, Any]) -> Schedule:

@@ -11,7 +11,14 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from rapm.models import Configs, Family
-from rapm.models.stable_diffusion import SERVED_VAE, decode_with_vae, finite, in_batches
+from rapm.models.flow import (
+    PATCH,
+    block_feature_layers,
+    decode_shifted,
+    latent_sides,
+    patches_to_map,
+)
+from rapm.models.stable_diffusion import SERVED_VAE, finite, in_batches
 from rapm.sampling import Conditioning
 
 T5_TOKENS = 256  # at most, as the pipeline has it
@@ -20,17 +27,6 @@ LORA_TARGETS = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff_context.net.0.proj", "ff_context.net.2"),
 )
-
-
-def block_feature_layers(blocks: Sequence[nn.Module], path: str) -> list[str]:
-    """Blocks at a quarter, a half and three quarters of the depth; the forward stops there."""
-    depths = {max(len(blocks) * k // 4 - 1, 0) for k in (1, 2, 3)}
-    return [f"{path}.{depth}" for depth in sorted(depths)]
-
-
-def patches_to_map(patches: Tensor, z: Tensor) -> Tensor:
-    """Patches of 2 x 2 of z, [B, h w, C], as a map [B, C, h, w]."""
-    return patches.transpose(1, 2).unflatten(2, (z.shape[-2] // 2, z.shape[-1] // 2))
 
 
 def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -84,27 +80,17 @@ def _latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[int, 
     Raises:
         ValueError: it is not.
     """
-    network, vae = configs("transformer"), configs("vae")
+    network = configs("transformer")
     channels, own, most = (network[n] for n in ("in_channels", "sample_size", "pos_embed_max_size"))
     if size is None:
         if type(own) is not int or not 0 < own < 4096:
             raise ValueError(f"its sample_size is {own!r}")
         return channels, own, own
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    width, height = size
-    if width % (2 * factor) or height % (2 * factor):
-        raise ValueError(
-            f"this teacher's pictures have sides that are multiples of {2 * factor} pixels, not "
-            f"{width}x{height}"
-        )
-    if max(size) > 2 * factor * most:
-        raise ValueError(f"this teacher's pictures have sides of {2 * factor * most} at most")
-    return channels, height // factor, width // factor
-
-
-def _decode(pipeline: Any, z: Tensor) -> Tensor:
-    config = pipeline.vae.config  # decoding divides by the factor
-    return decode_with_vae(pipeline, z + (config.shift_factor or 0.0) * config.scaling_factor)
+    height, width = latent_sides(configs, size)
+    if max(height, width) > PATCH * most:
+        largest = size[0] // width * PATCH * most
+        raise ValueError(f"this teacher's pictures have sides of {largest} pixels at most")
+    return channels, height, width
 
 
 def _base_model(configs: Configs) -> tuple[str, str]:
@@ -126,13 +112,12 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     lora_names=lambda network: (),
     feature_layers=lambda network: block_feature_layers(
-        network.transformer_blocks,  # type: ignore[arg-type]
-        "transformer_blocks",
+        [f"transformer_blocks.{k}" for k in range(len(network.transformer_blocks))]  # type: ignore
     ),
     feature_map=lambda output, z: patches_to_map(output[1], z),  # text comes first
     call=_call,
     served={
-        "transformer": {"_class_name": ("SD3Transformer2DModel",), "patch_size": (2,)},
+        "transformer": {"_class_name": ("SD3Transformer2DModel",), "patch_size": (PATCH,)},
         "vae": SERVED_VAE,
         "text_encoder": {"_class_name": ("CLIPTextModelWithProjection",)},
         "text_encoder_2": {"_class_name": ("CLIPTextModelWithProjection",)},
@@ -143,6 +128,7 @@ FAMILY = Family(
     of_size=lambda width, height: {},
     conditioning=_conditioning,
     latent_shape=_latent_shape,
-    decode=_decode,
+    decode=decode_shifted,
+    flow=True,
     base_model=_base_model,
 )

@@ -147,21 +147,22 @@ def finite(values: Tensor, what: str) -> Tensor:
     )
 
 
-@torch.no_grad()
 def decode_with_vae(pipeline: Any, z: Tensor) -> Tensor:
     """Latents are divided by the VAE's factor, and nothing else is done to them, as in the
     pipeline of 1.x and 2.x."""
+    return decode_in_parts(pipeline, z / pipeline.vae.config.scaling_factor)
+
+
+@torch.no_grad()
+def decode_in_parts(pipeline: Any, z: Tensor) -> Tensor:
+    """Latents as the VAE takes them."""
     vae = pipeline.vae
     pixels = z.shape[-2] * z.shape[-1] * pipeline.vae_scale_factor**2
+    # A quarter of a megapixel at a time: a VAE's activations are large.
+    parts = z.split(max(1, (1 << 18) // pixels))
     images = [
-        vae.decode(batch.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[
-            0
-        ]
-        .float()
-        .cpu()
-        for batch in z.split(
-            max(1, (1 << 18) // pixels)
-        )  # a quarter of a megapixel at a time: a VAE's activations are large
+        vae.decode(part.to(vae.device, vae.dtype), return_dict=False)[0].float().cpu()
+        for part in parts
     ]
     return finite(torch.cat(images), "the VAE's pictures").clamp(-1, 1)
 

@@ -79,13 +79,13 @@ class Teacher:
 
     @property
     def channels(self) -> int:
-        """Of a latent."""
-        return self.config("vae")["latent_channels"]
+        """Of z."""
+        return self.config(self.family.network)["in_channels"]
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels of this teacher's own pictures."""
         _, height, width = self.latent_shape(None)
-        factor = 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+        factor = self.family.packing * 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
         return width * factor, height * factor
 
     def load(self, parts: Sequence[str], precision: torch.dtype, device: str) -> Any:
@@ -187,7 +187,7 @@ class Teacher:
 
     def scheduler(self) -> Any:
         """The deterministic one, in diffusers' form."""
-        return scheduler_of(self.config("scheduler"))
+        return scheduler_of(self.config("scheduler"), self.schedule.shift)
 
     def backbone(self, network: Any, *, gradient_checkpointing: bool = False) -> Backbone:
         """Its network as one that adapters are added to."""
