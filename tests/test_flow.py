@@ -310,3 +310,22 @@ def test_sizes_that_the_network_does_not_know_are_refused(flow_teachers: dict[st
     teacher = resolved(flow_teachers["sd3"])
     with pytest.raises(UserError, match="sides of 48 pixels at most"):
         teacher.latent_shape((52, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "shift"),
+    [
+        ("sd35-medium", 2.24, 3.0),
+        ("sd35-large", 8.06, 3.0),
+        ("z-image", 6.15, 6.0),
+        ("flux2-klein-base-4b", 3.88, math.exp(2.0233)),
+        ("flux2-klein-base-9b", 9.08, math.exp(2.0233)),
+    ],
+)
+def test_the_published_architectures(name: str, billions: float, shift: float) -> None:
+    """Numbers of parameters as published, and the shift at 1024 x 1024."""
+    teacher = resolve_teacher(f"random:{name}")
+    network = teacher.load_network(torch.bfloat16, "meta")
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(1e9 * billions, rel=2e-3)
+    assert teacher.schedule.shift == pytest.approx(shift, rel=1e-4)
+    assert teacher.size() == (1024, 1024)

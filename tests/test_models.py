@@ -697,7 +697,8 @@ def test_configs_of_which_only_a_part_is_in_the_cache_are_fetched(
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:
-    known = "random:sd15, random:sd35-large, random:sd35-medium, random:sdxl"
+    names = ["flux2-klein-base-4b", "flux2-klein-base-9b", "sd15", "sd35-large", "sd35-medium"]
+    known = ", ".join(f"random:{name}" for name in [*names, "sdxl", "z-image"])
     told = f"there is no architecture 'random:sd9'; there are: {known}"
     assert refused("random:sd9") == told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,24 @@ def test_a_teacher_of_few_steps_is_shown_at_the_guidance_that_is_fair_to_it(
     sampler.guidance_scale = 3.0
     expected = to_pictures(sampler.images(TEACHER, PROMPTS[:1], [9], 3), 128)
     assert np.array_equal(np.asarray(grids[0][1][1][0]), np.asarray(expected[0]))
+
+
+def test_text_encoders_take_the_networks_turn(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU here; encoding fails, and the network comes back."""
+    sampler = open_sampler(finished)
+    family = replace(sampler.teacher.family, encode=lambda *_: 1 / 0)
+    sampler.teacher = replace(sampler.teacher, family=family)
+    sampler.backbone.device = torch.device("meta")
+    moves: list[tuple[str, str]] = []
+
+    def moved(texts: Any, device: Any) -> Any:
+        moves.append((str(sampler.backbone.network.device), str(device)))
+        return texts
+
+    monkeypatch.setattr("rapm.sample.move", moved)
+    with pytest.raises(ZeroDivisionError):
+        sampler.encode(PROMPTS)
+    assert moves == [("cpu", "meta"), ("cpu", "cpu")]  # of the network, of the text encoders
+    assert sampler.backbone.network.device.type == "meta"

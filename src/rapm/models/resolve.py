@@ -34,6 +34,9 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": "random:sdxl",
     "stabilityai/stable-diffusion-3.5-medium": "random:sd35-medium",
     "stabilityai/stable-diffusion-3.5-large": "random:sd35-large",
+    "Tongyi-MAI/Z-Image": "random:z-image",
+    "black-forest-labs/FLUX.2-klein-base-4B": "random:flux2-klein-base-4b",
+    "black-forest-labs/FLUX.2-klein-base-9B": "random:flux2-klein-base-9b",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
