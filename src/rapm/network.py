@@ -150,11 +150,7 @@ class Backbone:
             seed: of its first weights.
         """
         assert self.active is None and name not in self.configs, f"adapter {name} added twice"
-        # By their whole names: "to_out" is a layer in one block and a list of layers in another.
-        kinds, endings = nn.Linear | nn.Conv2d | BaseTunerLayer, tuple(f".{t}" for t in targets)
-        modules = self.network.named_modules()
-        layers = [n for n, m in modules if isinstance(m, kinds) and f".{n}".endswith(endings)]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self._layers_alone(targets))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
             torch.manual_seed(seed)
@@ -171,6 +167,17 @@ class Backbone:
             for parameter in self.parameters(other).values():
                 parameter.requires_grad_(True)
         self._activate(None)
+
+    def _layers_alone(self, targets: Sequence[str]) -> list[str]:
+        """Endings that belong to layers alone, and whole names in place of the others: ``to_out``
+        is a layer in one block of FLUX.2's and a list of layers in another. peft takes both."""
+        kinds, found = nn.Linear | nn.Conv2d | BaseTunerLayer, []
+        modules = [(f".{name}", m) for name, m in self.network.named_modules()]
+        for target in targets:
+            own = [(name, m) for name, m in modules if name.endswith(f".{target}")]
+            layers = [name[1:] for name, m in own if isinstance(m, kinds)]
+            found += [target] if len(layers) == len(own) else layers
+        return found
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """By full name; found by the adapter's name and never by ``requires_grad``."""
