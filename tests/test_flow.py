@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import changed, shake, tiny_table
@@ -226,8 +226,31 @@ def test_a_run_from_trajectories_to_files(config: Config, folder: Path, tmp_path
     assert names == {name.removesuffix(".base_layer") for name in linear}
     card = (whole.export / "README.md").read_text("utf-8")
     assert "sigmas=[1.0, 0.667, 0.333]" in card
-    assert f"The shift is {pipeline.scheduler.config.shift:.4g}:" in card
+    assert f"The shift is {pipeline.scheduler.config.shift:.4g}, its" in card
     assert f"guidance_scale={sampler.teacher.family.pipeline_guidance(1)})" in card
+
+
+def test_a_lora_is_fused_into_a_teacher(folder: Path, tmp_path: Path) -> None:
+    """As diffusers writes it. What it adds is there to be seen."""
+    teacher = resolved(folder)
+    backbone = teacher.backbone(teacher.load_network(torch.float32, "cpu"))
+    backbone.add_adapter(STUDENT, 2, backbone.lora_targets, 0)
+    shake(backbone.parameters(STUDENT), 0)
+    state = {f"transformer.{name}": p for name, p in backbone.lora_state(STUDENT).items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    lora = [f"{tmp_path / 'lora.safetensors'}:1.0"]
+    fused = resolve_teacher(str(folder), loras=lora, size=(16, 16))
+    other = fused.backbone(fused.load_network(torch.float32, "cpu"))
+    shape = teacher.latent_shape((16, 16))
+    z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    given = z, torch.tensor([999, 400]), teacher.family.encode(texts_of(teacher), PROMPTS)
+    with torch.no_grad():
+        with backbone.adapter(STUDENT):
+            expected = backbone(*given)
+        with backbone.adapter(TEACHER):
+            assert (backbone(*given) - expected).abs().max() > 1e-3
+        with other.adapter(TEACHER):
+            torch.testing.assert_close(other(*given), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_those_of_a_copy_with_one_adapter(folder: Path) -> None:

@@ -5,6 +5,7 @@ One file is for diffusers, one for ComfyUI, A1111 and Forge.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,12 +97,13 @@ image = pipe(prompt="a prompt", sigmas={sigmas}, guidance_scale={guidance}).imag
 ```
 
 TEACHER is the model it was distilled from, FOLDER is where this file is. Give `sigmas` as they are
-here: the {steps} steps that diffusers takes by itself are others, and the last is nearly lost.
+here: those that a pipeline takes by itself may be others.
 
 ## ComfyUI
 
 The file goes where your LoRAs are, under any name. {steps} steps, cfg 1, sampler euler, scheduler
-simple. The shift is {shift:.4g}: ModelSamplingSD3 sets it where the model's own is another.
+simple. The shift is {shift:.4g}, its logarithm {mu:.4g}: a ModelSampling node sets it where the
+model's own is another.
 """
 SCORES_END = "<!-- rapm: end of scores -->\n"
 
@@ -190,6 +192,7 @@ def _how_to_use(teacher: Teacher, steps: int, kohya_file: str) -> str:
         sigmas=[(t + 1) / 1000 for t in trailing_timesteps(steps)[:-1]],
         guidance=teacher.family.pipeline_guidance(1),
         shift=teacher.schedule.shift,
+        mu=math.log(teacher.schedule.shift),
     )
 
 

@@ -162,7 +162,6 @@ def _split(name: str) -> tuple[str, str]:
     layer = re.sub(r"\.processor(?=\.)", "", layer)
     if layer.startswith("text_encoder"):
         layer = re.sub(r"\.to_(\w+)$", r".\1_proj", layer)
-    layer = re.sub(r"\.to_out$", ".to_out.0", layer)
     return layer, {"A": "down", "B": "up"}.get(half, half)
 
 
@@ -191,7 +190,9 @@ def _names(part: str, model: nn.Module, family: Family) -> dict[str, tuple[str, 
     forms = family.lora_names(model) if part == family.network else ({p: p for p in paths},)
     for path, module in paths.items():
         bare = path.removeprefix("text_model.")  # which transformers 5 leaves out
-        dotted = (f"{part}.{path}", path, f"{part}.{bare}", f"{part}.text_model.{bare}")
+        dotted = [f"{part}.{path}", path, f"{part}.{bare}", f"{part}.text_model.{bare}"]
+        if path.endswith(".to_out.0"):  # whose number old processors leave out
+            dotted += [name.removesuffix(".0") for name in dotted]
         flat = {form[path].replace(".", "_") for form in forms if path in form}
         flat |= {f"text_model_{bare}".replace(".", "_")} if part != family.network else set()
         kohya = (f"{prefix}{name}" for prefix in _prefixes(part, family) for name in flat)
