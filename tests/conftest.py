@@ -100,34 +100,38 @@ def make_scheduler(kind: str = "sd15") -> Any:
     return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, **own[kind])
 
 
+# Of a VAE of pictures 16 x 16: latents 4 x 8 x 8.
+SMALL_VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+
+
+def text_config(tokenizer: Any, hidden: int, layers: int, act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_act=act,
+        projection_dim=16,
+    )
+
+
 def make_pipeline(kind: str) -> Any:
     """A small pipeline of the published kind's classes: latents 4 x 8 x 8, pictures 16 x 16, random
     weights."""
     torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
-    )
+    vae = AutoencoderKL(**SMALL_VAE, scaling_factor=0.13025 if kind == "sdxl" else 0.18215)
     tokenizer = CLIPTokenizer.from_pretrained(TEACHER / "tokenizer")
-
-    def text_config(hidden: int, layers: int, act: str) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            hidden_act=act,
-            projection_dim=16,
-        )
 
     parts: dict[str, Any] = {
         "vae": vae,
@@ -136,14 +140,14 @@ def make_pipeline(kind: str) -> Any:
         "scheduler": make_scheduler(kind),
     }
     if kind == "sdxl":  # ten layers at least, by which an original checkpoint is told
-        second = CLIPTextModelWithProjection(text_config(24, 10, "gelu"))
+        second = CLIPTextModelWithProjection(text_config(tokenizer, 24, 10, "gelu"))
         parts |= {
-            "text_encoder": CLIPTextModel(text_config(16, 2, "quick_gelu")),
+            "text_encoder": CLIPTextModel(text_config(tokenizer, 16, 2, "quick_gelu")),
             "text_encoder_2": second,
         }
         return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
     text = CLIPTextModel(
-        text_config(CROSS_ATTENTION[kind], 2, "gelu" if kind == "sd21" else "quick_gelu")
+        text_config(tokenizer, CROSS_ATTENTION[kind], 2, "gelu" if kind == "sd21" else "quick_gelu")
     )
     left_out: dict[str, Any] = {
         "safety_checker": None,

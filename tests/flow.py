@@ -18,7 +18,6 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2TokenizerFast,
@@ -30,6 +29,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from conftest import SMALL_VAE, text_config
 from rapm.toy import TEACHER
 
 FLOW = ("sd3", "z_image", "flux2")  # the rows of the test table
@@ -48,12 +48,7 @@ def t5_tokenizer(max_tokens: int) -> Any:
 
 def make_flow_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
+        **SMALL_VAE,
         scaling_factor=1.5305,
         shift_factor=0.0609,
         use_quant_conv=False,
@@ -119,14 +114,7 @@ def make_flux2() -> Flux2KleinPipeline:
     """The scheduler says that its shift depends on the picture's size."""
     torch.manual_seed(1)
     tokenizer = qwen_tokenizer()
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
+    vae = AutoencoderKLFlux2(**SMALL_VAE).eval()
     vae.bn.running_mean += 0.1 * torch.arange(16)
     vae.bn.running_var += 0.2 * torch.arange(16)
     transformer = Flux2Transformer2DModel(
@@ -184,19 +172,7 @@ def make_sd3(max_tokens: int = 512) -> StableDiffusion3Pipeline:
     t5 = t5_tokenizer(max_tokens)
 
     def clip(act: str) -> CLIPTextModelWithProjection:
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            hidden_act=act,
-            projection_dim=16,
-        )
-        return CLIPTextModelWithProjection(config).eval()
+        return CLIPTextModelWithProjection(text_config(tokenizer, 16, 3, act)).eval()
 
     config = T5Config(
         vocab_size=len(t5), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
