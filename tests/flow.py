@@ -8,9 +8,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -18,6 +22,7 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2TokenizerFast,
@@ -32,7 +37,8 @@ from transformers import (
 from conftest import SMALL_VAE, text_config
 from rapm.toy import TEACHER
 
-FLOW = ("sd3", "z_image", "flux2")  # the rows of the test table
+FLOW = ("sd3", "z_image", "flux2", "flux", "chroma")  # the rows of the test table
+T5_TOKENS = 32  # The fewer, the faster. Published tokenizers say 512.
 
 
 def t5_tokenizer(max_tokens: int) -> Any:
@@ -76,8 +82,9 @@ def make_transformer() -> SD3Transformer2DModel:
 
 
 def make_flow_pipeline(kind: str) -> Any:
-    """Latents 4 x 8 x 8 of pictures 16 x 16; of flux2 packed to 16 x 4 x 4."""
-    return {"sd3": make_sd3, "z_image": make_z_image, "flux2": make_flux2}[kind]()
+    """Latents 4 x 8 x 8 of pictures 16 x 16; of FLUX and its kin packed to 16 x 4 x 4."""
+    made = {"sd3": make_sd3, "z_image": make_z_image, "flux2": make_flux2}
+    return (made | {"flux": make_flux, "chroma": make_chroma})[kind]()
 
 
 def qwen_tokenizer() -> Any:
@@ -87,7 +94,7 @@ def qwen_tokenizer() -> Any:
     vocabulary = {token: k for k, token in enumerate([*letters, *marks])}
     tokenizer = Qwen2TokenizerFast(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
-    tokenizer.model_max_length = 2048
+    tokenizer.model_max_length = 160
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -161,7 +168,7 @@ def make_z_image() -> ZImagePipeline:
     )
 
 
-def make_sd3(max_tokens: int = 512) -> StableDiffusion3Pipeline:
+def make_sd3(max_tokens: int = T5_TOKENS) -> StableDiffusion3Pipeline:
     """A shift of 3.
 
     Args:
@@ -174,13 +181,6 @@ def make_sd3(max_tokens: int = 512) -> StableDiffusion3Pipeline:
     def clip(act: str) -> CLIPTextModelWithProjection:
         return CLIPTextModelWithProjection(text_config(tokenizer, 16, 3, act)).eval()
 
-    config = T5Config(
-        vocab_size=len(t5), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    encoder = T5EncoderModel(config).eval()
-    for p in encoder.parameters():  # as drawn, what it gives is hundreds of times as long
-        p.data *= 0.3
     return StableDiffusion3Pipeline(
         transformer=make_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -189,6 +189,61 @@ def make_sd3(max_tokens: int = 512) -> StableDiffusion3Pipeline:
         tokenizer=tokenizer,
         text_encoder_2=clip("gelu"),
         tokenizer_2=tokenizer,
-        text_encoder_3=encoder,
+        text_encoder_3=make_t5(t5),
         tokenizer_3=t5,
+    )
+
+
+def make_t5(tokenizer: Any) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    encoder = T5EncoderModel(config).eval()
+    for p in encoder.parameters():  # as drawn, what it gives is hundreds of times as long
+        p.data *= 0.3
+    return encoder
+
+
+STREAMS: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 40,
+    "axes_dims_rope": (4, 2, 2),
+}
+
+
+def make_flux() -> FluxPipeline:
+    """The scheduler says that its shift depends on the picture's size."""
+    torch.manual_seed(1)
+    tokenizer, t5 = CLIPTokenizer.from_pretrained(TEACHER / "tokenizer"), t5_tokenizer(T5_TOKENS)
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            **STREAMS, pooled_projection_dim=16, guidance_embeds=True
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=make_flow_vae(),
+        text_encoder=CLIPTextModel(text_config(tokenizer, 16, 2, "quick_gelu")).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=make_t5(t5),
+        tokenizer_2=t5,
+    )
+
+
+def make_chroma() -> ChromaPipeline:
+    """Sigmas are spaced otherwise where nobody names them."""
+    torch.manual_seed(1)
+    t5 = t5_tokenizer(T5_TOKENS)
+    transformer = ChromaTransformer2DModel(
+        **STREAMS, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=2
+    )
+    return ChromaPipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True),
+        vae=make_flow_vae(),
+        text_encoder=make_t5(t5),
+        tokenizer=t5,
     )

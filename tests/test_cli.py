@@ -413,14 +413,15 @@ def test_presets_are_listed(rapm):
     assert "sdxl-8gb     SDXL at 1024 x 1024 on a GPU of 8 GB: the network in int8\n" in out
     code, out, _ = rapm("distill", "--help")
     assert code == 0
-    assert f"Teacher and memory: {PRESETS}." in re.sub(r"\s+", " ", out)
+    told = re.sub(r"(?<=-)\s+", "", out)  # lines end after hyphens too
+    assert f"Teacher and memory: {PRESETS}." in re.sub(r"\s+", " ", told)
 
 
 def test_the_version(rapm):
     assert rapm("--version") == (0, f"rapm {metadata.version('rapm')}\n", "")
 
 
-@pytest.mark.parametrize("command", ["distill --out run", "trajectories --out run", "plan"])
+@pytest.mark.parametrize("command", ["distill --out run", "plan"])
 def test_a_preset_of_another_family_is_refused(rapm, tmp_path, small_teachers, command):
     (tmp_path / "sd15").symlink_to(small_teachers["sd15"])
     (tmp_path / "sdxl").symlink_to(small_teachers["sdxl"])

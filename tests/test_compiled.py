@@ -118,7 +118,7 @@ def test_blocks_of_a_kind_share_what_was_compiled(base: Any) -> None:
     """However many they are: SDXL has seventy."""
     body = make_backbone(kind="sdxl")
     if base:
-        quantize(body.network, UNET_LORA_TARGETS, base)
+        quantize(body.network, base)
     body.add_adapter(STUDENT, 2, UNET_LORA_TARGETS, 0)
     made: list[int] = []
 

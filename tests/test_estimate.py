@@ -114,7 +114,7 @@ RAPM: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("method", "kind", "sections"),
     [
-        *(("rapm", "sd15", sections) for sections in RAPM.values()),
+        *(("rapm", "tiny", sections) for sections in RAPM.values()),
         ("rapm", "sdxl", {}),  # as it is
         ("midpoint", "sd21", {"training": {"slot_batch": 2}}),
     ],
@@ -178,7 +178,7 @@ def test_pictures_are_in_the_plan(tiny_config: Config) -> None:
 
 @pytest.mark.parametrize(
     ("method", "kind", "ema"),
-    [("rapm", "sd15", 0.0), ("rapm", "sdxl", 0.9), ("midpoint", "sd15", 0.9)],
+    [("rapm", "tiny", 0.0), ("rapm", "sdxl", 0.9), ("midpoint", "tiny", 0.9)],
 )
 def test_disk_and_iterations_are_those_of_the_run(
     tiny_config: Config,

@@ -58,9 +58,7 @@ def rolled_out(
     """Where this library's rollout ends, [2, C, h, w], from the noise of trajectories 0 and 1."""
     family, shape = teacher.family, teacher.latent_shape(size)
     texts = teacher.load(family.text_parts, torch.float32, "cpu")
-    of_size = {
-        k: v.expand(2, *v.shape[1:]) for k, v in family.of_size(*(size or teacher.size())).items()
-    }
+    of_size = {k: v.expand(2, *v.shape[1:]) for k, v in teacher.of_picture(size, 1.0).items()}
     backbone = Backbone(
         teacher.load_network(torch.float32, "cpu"), family.call, family.lora_targets
     )
@@ -152,10 +150,10 @@ def test_rollout_ends_where_the_pipeline_ends(
 
 
 def test_a_size_is_part_of_what_sdxl_sees(small_teachers: dict[str, Path]) -> None:
-    assert resolve_teacher(str(small_teachers["sdxl"])).family.of_size(24, 32)[
+    assert resolve_teacher(str(small_teachers["sdxl"])).of_picture((24, 32), 1.0)[
         "time_ids"
     ].tolist() == [[32, 24, 0, 0, 32, 24]]
-    assert resolve_teacher(str(small_teachers["sd15"])).family.of_size(24, 32) == {}
+    assert resolve_teacher(str(small_teachers["sd15"])).of_picture((24, 32), 1.0) == {}
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -222,7 +220,7 @@ def test_feature_layers_are_there_and_have_their_channels(
     network, family = teacher.load_network(torch.float32, "cpu"), teacher.family
     backbone = Backbone(network, family.call, family.lora_targets, family.feature_layers(network))
     texts = teacher.load(family.text_parts, torch.float32, "cpu")
-    conditioning = family.encode(texts, PROMPTS[:1]) | family.of_size(16, 16)
+    conditioning = family.encode(texts, PROMPTS[:1]) | teacher.of_picture((16, 16), 1.0)
     with backbone.adapter(TEACHER), torch.no_grad():
         maps = backbone.features(torch.randn(1, 4, 8, 8), torch.tensor([500]), conditioning)
     assert [tuple(x.shape[1:]) for x in maps] == [(16, 4, 4), (32, 4, 4), (32, 4, 4)]
@@ -697,8 +695,9 @@ def test_configs_of_which_only_a_part_is_in_the_cache_are_fetched(
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:
-    names = ["flux2-klein-base-4b", "flux2-klein-base-9b", "sd15", "sd35-large", "sd35-medium"]
-    known = ", ".join(f"random:{name}" for name in [*names, "sdxl", "z-image"])
+    names = ["chroma1", "flux1-dev", "flux2-klein-base-4b", "flux2-klein-base-9b", "sd15"]
+    more = ["sd35-large", "sd35-medium", "sdxl", "z-image"]
+    known = ", ".join(f"random:{name}" for name in [*names, *more])
     told = f"there is no architecture 'random:sd9'; there are: {known}"
     assert refused("random:sd9") == told
 

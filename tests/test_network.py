@@ -13,7 +13,7 @@ from rapm.network import STUDENT, TEACHER
 NAMES = (STUDENT, "relative_discriminator", "absolute_discriminator")
 
 
-def inputs(batch: int = 2, kind: str = "sd15") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def inputs(batch: int = 2, kind: str = "tiny") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(batch, 4, 8, 8, generator=generator)
     return z, torch.full((batch,), 500), make_conditioning(batch, kind, generator)
@@ -76,7 +76,7 @@ def test_a_lora_keeps_no_float32_copy_of_what_it_sees(kind: str) -> None:
 
 
 def test_scale_is_one_and_every_target_gets_an_adapter() -> None:
-    body = make_backbone()
+    body = make_backbone(kind="sd15")
     body.add_adapter(STUDENT, 1, UNET_LORA_TARGETS, 0)
     assert {layer.scaling[STUDENT] for layer in body._layers} == {1.0}
     names = [
@@ -118,8 +118,8 @@ def test_an_adapter_can_be_given_other_weights() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_are_the_blocks_own_outputs_and_stop_there(checkpointing: bool) -> None:
-    z, t, conditioning = inputs()
-    body = make_backbone(checkpointing)
+    z, t, conditioning = inputs(kind="sd15")
+    body = make_backbone(checkpointing, "sd15")
     expected, reached = [], []
     plain = make_unet()
     for path in unet_feature_layers(plain):

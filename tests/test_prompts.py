@@ -372,38 +372,40 @@ def tokenizer():
     return CLIPTokenizer.from_pretrained(TEACHER / "tokenizer")
 
 
+def ending(tokenizer, limit, times=1):
+    """A tokenizer of another end, with ``times`` as many tokens."""
+
+    class Ending:
+        model_max_length = limit
+
+        def __call__(self, texts, truncation):
+            ids = tokenizer(texts, truncation=truncation).input_ids
+            return SimpleNamespace(input_ids=[each * times for each in ids])
+
+    return Ending()
+
+
 def test_tokens_are_counted_with_their_marks(tokenizer):
     """One token a word in the toy's vocabulary, and the two marks."""
     texts = [" ".join(["red"] * n) for n in (1, 8, 22, 23)]
     assert [len(ids) for ids in tokenizer(texts).input_ids] == [3, 10, 24, 25]
-    assert [count_longer(texts, [tokenizer], limit) for limit in (2, 3, 10, 24, 25)] == [
-        4,
-        3,
-        2,
-        1,
-        0,
-    ]
+    limits = (2, 3, 10, 24, 25)
+    found = [count_longer(texts, [ending(tokenizer, limit)]) for limit in limits]
+    assert found == [4, 3, 2, 1, 0]
 
 
-def test_the_longest_of_several_tokenizers_counts(tokenizer):
-    def doubled(texts, truncation):
-        return SimpleNamespace(
-            input_ids=[ids * 2 for ids in tokenizer(texts, truncation=truncation).input_ids]
-        )
-
+def test_a_prompt_is_cut_where_no_tokenizer_sees_it_whole(tokenizer):
     texts = ["red", "red star", "red star on grass"]
-    assert count_longer(texts, [tokenizer], 6) == 0
-    assert (
-        count_longer(texts, [tokenizer, doubled], 6)
-        == count_longer(texts, [doubled, tokenizer], 6)
-        == 2
-    )
+    six, doubled = ending(tokenizer, 6), ending(tokenizer, 6, times=2)
+    assert [count_longer(texts, own) for own in ([six], [doubled])] == [0, 2]
+    assert count_longer(texts, [six, doubled]) == count_longer(texts, [doubled, six]) == 0
+    assert count_longer(texts, [ending(tokenizer, 3), doubled]) == 2
 
 
-def test_the_limit_is_77_or_the_tokenizers_own(tokenizer):
+def test_the_limit_is_the_tokenizers_own(tokenizer):
     assert token_limit([tokenizer]) == 24
     assert token_limit([SimpleNamespace(model_max_length=248)]) == 248
-    assert token_limit([SimpleNamespace(model_max_length=77), tokenizer]) == 24
+    assert token_limit([SimpleNamespace(model_max_length=77), tokenizer]) == 77
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_four_iterations_of_train_are_the_papers(
             for k, learner in enumerate(method.learners.values() if iteration == 0 else ()):
                 noise = torch.Generator().manual_seed(k)
                 for p in learner.parameters.values():
-                    p.data += 0.05 * torch.randn(p.shape, generator=noise)
+                    p.data += 0.07 * torch.randn(p.shape, generator=noise)
             seen[iteration] = {
                 name: (
                     {n: p.detach().clone() for n, p in learner.parameters.items()},
@@ -187,7 +187,7 @@ def test_four_iterations_of_train_are_the_papers(
 
     nets, heads = {}, {}
     for name, (weights, own_heads) in seen[0].items():
-        net = make_unet().requires_grad_(False)
+        net = make_unet("tiny").requires_grad_(False)
         layers = {key.split(".lora_")[0] for key in weights if ".lora_" in key}
         rank = config.student.rank if name == "student" else config.discriminators.rank
         lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(layers))

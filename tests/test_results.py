@@ -90,16 +90,15 @@ def midpoint(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Ru
 
 @pytest.fixture(scope="module")
 def students(
-    finished: Run, tmp_path_factory: pytest.TempPathFactory, small_teachers: dict[str, Path]
+    tmp_path_factory: pytest.TempPathFactory, small_teachers: dict[str, Path]
 ) -> dict[str, Run]:
     """One of each kind; sd21's teacher has a LoRA fused in."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in SMALL}
     lora = make_lora(small_teachers["sd21"], folders["sd21"] / "lora", "kohya")
-    sd21 = distilled(small_teachers["sd21"], folders["sd21"], teacher_loras=[f"{lora}:0.7"])
+    given = {"sd21": {"teacher_loras": [f"{lora}:0.7"]}}
     return {
-        "sd15": finished,
-        "sd21": sd21,
-        "sdxl": distilled(small_teachers["sdxl"], folders["sdxl"]),
+        kind: distilled(small_teachers[kind], folder, **given.get(kind, {}))
+        for kind, folder in folders.items()
     }
 
 
@@ -232,12 +231,13 @@ def test_every_layer_of_the_published_architectures_has_the_name_that_programs_k
 
 
 def test_diffusers_takes_the_file_for_comfyui_too(
-    finished: Run, small_teachers: dict[str, Path]
+    students: dict[str, Run], small_teachers: dict[str, Path]
 ) -> None:
+    run = students["sd15"]
     pipeline = DiffusionPipeline.from_pretrained(small_teachers["sd15"], safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_pretrained(finished.export, subfolder="scheduler")
+    pipeline.scheduler = DDIMScheduler.from_pretrained(run.export, subfolder="scheduler")
     drawn = []
-    for file in (exported(finished).diffusers, exported(finished).kohya):
+    for file in (exported(run).diffusers, exported(run).kohya):
         pipeline.load_lora_weights(str(file))
         given = {
             "num_inference_steps": 4,
@@ -276,7 +276,7 @@ def test_several_sizes_in_one_run(small_teachers: dict[str, Path], tmp_path: Pat
     ],
 )
 def test_fewer_bits_from_end_to_end(
-    small_teachers: dict[str, Path],
+    tiny_teacher: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -288,7 +288,7 @@ def test_fewer_bits_from_end_to_end(
     """Positions are float32, near those of a float32 network."""
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     given = ({}, {"precision": precision, "base_precision": base})
-    teacher, training = small_teachers["sdxl"], {"iterations": 4, "slot_batch": 4}
+    teacher, training = tiny_teacher, {"iterations": 4, "slot_batch": 4}
     whole, fewer = (
         Run.open(tmp_path / name, make_config(teacher, tmp_path, training=training, **own))
         for name, own in zip(("whole", "fewer"), given, strict=True)

@@ -194,7 +194,6 @@ def test_leftovers_of_killed_writes_go_when_the_run_is_opened(run):
         run.folder / ".tmpAbC123",
         run.checkpoints / ".step-00000005.safetensors.partial",
         run.checkpoints / ".tmpAbC123",
-        run.trajectories / ".tmpZ_9xyz",
         run.samples / ".teacher.png.partial",
         run.folder / ".export.partial" / "scheduler" / "a.json",
         run.folder / ".export.old.partial" / "README.md",

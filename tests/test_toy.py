@@ -148,15 +148,12 @@ def test_fid_rises_with_what_few_step_sampling_does_wrong(
         return frechet_distance(oracle.features(images), reference)
 
     floor, mean = fid(other), other.mean((1, 2, 3), keepdim=True)
-    blurred = [
-        fid(blur(other, torch.full((len(other),), sigma))) / floor for sigma in (0.3, 0.6, 1.0)
-    ]
+    blurred = [fid(blur(other, torch.full((len(other),), sigma))) / floor for sigma in (0.3, 0.6)]
     assert blurred[0] > 1.1
     assert blurred[1] > 1.5 * blurred[0]
-    assert blurred[2] > 1.5 * blurred[1]
     assert fid(0.8 * other + 0.2 * other.roll(1, 0)) > 2 * floor
-    contrast = [fid(mean + share * (other - mean)) / floor for share in (0.95, 0.9, 0.8)]
-    assert 1.1 < contrast[0] < contrast[1] < contrast[2]
+    contrast = [fid(mean + share * (other - mean)) / floor for share in (0.95, 0.8)]
+    assert 1.1 < contrast[0] < contrast[1]
 
 
 def test_features_are_standardised(oracle: Oracle, renders: tuple[torch.Tensor, list[str]]) -> None:

@@ -39,7 +39,7 @@ def trained(config: Config, folder: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("sd15", "rapm"), ("sdxl", "rapm"), ("sd15", "midpoint")]
+    ("kind", "method"), [("tiny", "rapm"), ("sdxl", "rapm"), ("tiny", "midpoint")]
 )
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(
     tiny_config: Config,

@@ -374,9 +374,9 @@ def test_midpoints_store_is_made_again_to_the_same_files(
 @pytest.mark.parametrize(
     ("before", "finished", "named"),
     [
-        ("rapm", True, "another grid, guidance_scale, shard_size;"),
+        ("rapm", True, "another grid, shard_size, guidance_scale;"),
         ("rapm", False, "other settings;"),
-        ("midpoint", True, "another grid, guidance_scale, shard_size;"),
+        ("midpoint", True, "another grid, shard_size, guidance_scale;"),
     ],
 )
 def test_a_store_of_another_method_is_refused_and_left_alone(

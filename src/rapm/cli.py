@@ -65,14 +65,14 @@ OutOption = Annotated[
 ]
 
 
-def _open_run(chosen: Any, out: Path) -> Run:
+def _open_run(chosen: Any, out: Path, patience: float = 0) -> Run:
     """The run that a command's options ask for; says what it begins with."""
     config = chosen()
     from rapm import pipeline
     from rapm.status import loras_of
 
     preset = chosen.keywords.get("preset")
-    run = pipeline.open_run(config, Path(os.path.expanduser(out)), preset)
+    run = pipeline.open_run(config, Path(os.path.expanduser(out)), preset, patience)
     print("\n".join([*loras_of(config), pipeline.describe_prompts(run)]))
     _say_where_it_goes_on(run)
     return run
@@ -140,6 +140,25 @@ def distill(
     print_files(run)
 
 
+PATIENCE = 20.0  # seconds: many processes may open a run at the same moment
+
+
+def _take_own_gpu() -> None:
+    """As accelerate and torchrun number the processes of a host."""
+    import torch
+
+    if (rank := os.environ.get("LOCAL_RANK", "")).isdecimal() and torch.cuda.is_available():
+        torch.cuda.set_device(int(rank))
+
+
+def _share(text: str) -> tuple[int, int]:
+    """(i, n) out of I/N."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise UserError(f"--shard {text}: write I/N, of N parts the I-th from 0, such as 0/4")
+    return int(part), int(parts)
+
+
 @app.command()
 @with_settings
 def trajectories(
@@ -149,8 +168,19 @@ def trajectories(
     show: Annotated[
         int, typer.Option(min=0, help="Draw so many of them, at the coarse timesteps.")
     ] = 0,
+    shard: Annotated[
+        str, typer.Option(help="I/N: of N parts the I-th alone, from 0, for folders not shared.")
+    ] = "0/1",
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="A run whose finished shards are taken over first; repeatable."),
+    ] = None,
 ) -> None:
-    """Only the first stage: roll out the teacher and store its trajectories."""
+    """Only the first stage: roll out the teacher and store its trajectories.
+
+    The same command in several processes, on any hosts that share the folder, shares the work; so
+    does 'rapm trajectories RUN' beside a 'rapm distill' that rolls out.
+    """
     from rapm import pipeline
     from rapm.pictures import show_trajectories
     from rapm.run import Run
@@ -159,10 +189,19 @@ def trajectories(
         raise UserError("name either the folder of a run, or a new one with --out")
     for option in chosen.keywords if run else ():
         raise UserError(f"{run} has its own settings; --{option.replace('_', '-')} goes with --out")
-    opened = Run.existing(run) if run else _open_run(chosen, out)  # type: ignore[arg-type]
+    part, parts = _share(shard)
+    _take_own_gpu()
+    opened = Run.existing(run) if run else _open_run(chosen, out or Path(), PATIENCE)
     leave_busy_cores(opened.config)
-    with _told_when_stopped(opened), opened.locked():
-        store = pipeline.make_trajectories(opened)
+    others = [Run.existing(other).folder for other in merge or ()]
+    with _told_when_stopped(opened):
+        store = pipeline.make_share(opened, (part, parts), others)
+    if store is None:
+        print(
+            f"Part {part} of {parts} is in {opened.trajectories}. Bring the others together with "
+            "--merge RUN"
+        )
+        return
     if store.manifest["shard_size"]:
         print(f"{len(store)} trajectories in {store.folder}")
     else:

@@ -114,6 +114,12 @@ class Config(Section):
         return getattr(torch, self.precision)
 
     @property
+    def precisions(self) -> str:
+        """What the network computes in, and holds its weights in where that differs."""
+        held = "" if self.base_precision == "same" else f", {self.base_precision}"
+        return f"{self.precision}{held}"
+
+    @property
     def torch_device(self) -> str:
         """Where this run computes.
 

@@ -96,9 +96,11 @@ class Stub(list[Trajectory]):
 
         shapes_of_prompt = family.conditioning(teacher.config).items()
         prompt = {name: drawn(*own).to(config.torch_dtype) for name, own in shapes_of_prompt}
-        own = config.trajectories.sizes()[0] or teacher.size()
-        size = {name: x[0].to(device) for name, x in family.of_size(*own).items()}
-        self.unconditional: Conditioning = {name: value[None] for name, value in prompt.items()}
+        own, scale = config.trajectories.sizes()[0], config.trajectories.guidance_scale
+        size = {name: x[0].to(device) for name, x in teacher.of_picture(own, scale).items()}
+        self.of_prompt: Conditioning = prompt
+        away = {} if family.guidance_is_input else prompt
+        self.unconditional: Conditioning = {name: value[None] for name, value in away.items()}
         for shape in sorted(shapes, key=math.prod, reverse=True):
             positions = drawn(slots + 1, *shape), drawn(slots, *shape)
             self.append(Trajectory(*positions, prompt | size, "", 0, 0))
@@ -160,12 +162,13 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     steps = method.grid.slots * method.grid.fine_steps * method.stores_positions
     rollout = {"network": network, f"activations of {rows}": activations} if steps else {}
     training = {"network": network, **learnt, "gradients and activations": peak}
-    others, decoding = _other_stages(config, teacher, store[0].absolute[:1], activations)
+    others, decoding = _other_stages(config, teacher, store[0].absolute[:1], network, activations)
     evaluation = others.pop("evaluation")
     of_picture = of_pass / rows
-    pictures = _picture_passes(config, decoding / of_picture)
+    plain = 0.5 if settings.guidance_scale > 1 and store.unconditional else 1.0
+    pictures = _picture_passes(config, decoding / of_picture, plain)
     positions = sum(bytes_of((row.absolute, row.intermediate)) for row in store if steps)
-    prompt, kept = bytes_of(store.unconditional.values()), config.training.keep_checkpoints + 1
+    prompt, kept = bytes_of(store.of_prompt.values()), config.training.keep_checkpoints + 1
     disk = {
         "positions": positions * settings.count // len(store),
         "prompts' embeddings, at most": prompt * (settings.count + 1),
@@ -186,11 +189,10 @@ def make_plan(config: Config, teacher: Teacher) -> Plan:
     )
 
 
-def _picture_passes(config: Config, decoding: float) -> float:
-    """Of those drawn while it trains and of the last ones, decoding among them; a student's pass is
-    half of a guided one. One prompt's trajectory is decoded whole."""
+def _picture_passes(config: Config, decoding: float, plain: float) -> float:
+    """Of those drawn while it trains and of the last ones, decoding among them. A student's pass is
+    ``plain`` of the teacher's. One prompt's trajectory is decoded whole."""
     samples, slots = config.samples, config.trajectories.slots
-    plain = 0.5 if config.trajectories.guidance_scale > 1 else 1.0
     every = samples.every or math.ceil(config.training.iterations / 20)
     rows = math.ceil(config.training.iterations / every) + 1
     teachers = many_steps(slots) + slots + 2 * decoding
@@ -201,17 +203,17 @@ def _picture_passes(config: Config, decoding: float) -> float:
 
 
 def _other_stages(
-    config: Config, teacher: Teacher, z: Tensor, sampling: int
+    config: Config, teacher: Teacher, z: Tensor, network: int, sampling: int
 ) -> tuple[dict[str, dict[str, int]], float]:
     """Memory of encoding, of pictures and of evaluation; and FLOPs of decoding a picture.
 
     The VAE stays. Text encoders take turns with the network and what it computes, and so do the
     networks that read pictures with what is computed.
     """
-    bare, network, dtype = without_weights(teacher), teacher.family.network, config.torch_dtype
+    bare, dtype = without_weights(teacher), config.torch_dtype
     texts = [part for part in teacher.family.text_parts if not part.startswith("tokenizer")]
-    drawn = (bare.draw(part, dtype, "meta") for part in (*texts, network))
-    *encoders, whole = (bytes_of(part.parameters()) for part in drawn)
+    drawn = (bare.draw(part, dtype, "meta") for part in texts)
+    encoders = [bytes_of(part.parameters()) for part in drawn]
     for_vae = torch.float32 if config.precision == "float16" else dtype
     vae = bare.draw("vae", for_vae, "meta").requires_grad_(False)
     unpacked = pixel_shuffle(z.to(for_vae), teacher.family.packing)
@@ -221,7 +223,7 @@ def _other_stages(
     stages = {"encoding prompts": encoding}
     for stage, more in (("pictures", {}), ("evaluation", {size: n for n, size in BYTES.items()})):
         turns = computed | more
-        drawing = {"network": whole, turns[max(turns)]: max(turns)}
+        drawing = {"network": network, turns[max(turns)]: max(turns)}
         stages[stage] = kept | max(encoding, drawing, key=lambda parts: sum(parts.values()))
     return stages, flops
 

@@ -85,7 +85,7 @@ def evaluate(
     guidance: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=100, help="Of the student or LoRA; 1 when left out, which is none."
+            min=0.1, max=100, help="Of the student or LoRA; none when left out, FLUX.1's its own."
         ),
     ] = None,
     split: Annotated[
@@ -161,7 +161,7 @@ def evaluate(
             "weights": weights,
             "cache": Path(os.path.expanduser(cache or CACHE)),
             "scheduler": scheduler or "ddim",
-            "guidance_scale": guidance or 1.0,
+            "guidance_scale": guidance,
             "steps": steps,
         }
         file = out or target.with_name(f"{target.stem}-scores-{protocol}.json")

@@ -42,8 +42,7 @@ tags: [text-to-image, diffusers, lora, template:sd-lora, {method}]
 ---
 # A {steps}-step LoRA, trained by rapm's method `{method}`
 
-Distilled with rapm {version} from {teacher} at guidance scale {guidance_scale}, which is baked
-in: sample without guidance. {words}
+Distilled with rapm {version} from {teacher} at guidance scale {guidance_scale}, {baked}. {words}
 {loras}
 {use}
 {scores}
@@ -102,8 +101,8 @@ here: those that a pipeline takes by itself may be others.
 ## ComfyUI
 
 The file goes where your LoRAs are, under any name. {steps} steps, cfg 1, sampler euler, scheduler
-simple. The shift is {shift:.4g}, its logarithm {mu:.4g}: a ModelSampling node sets it where the
-model's own is another.
+simple.{told} The shift is {shift:.4g}, its logarithm {mu:.4g}: a ModelSampling node sets it where
+the model's own is another.
 """
 SCORES_END = "<!-- rapm: end of scores -->\n"
 
@@ -162,7 +161,7 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         "teacher_config": os.path.basename(config.teacher_config),
         "teacher_loras": [os.path.basename(name) for name in config.teacher_loras],
     }
-    prompts = config.trajectories.prompts
+    prompts, scale = config.trajectories.prompts, config.trajectories.guidance_scale
     prompts = prompts if is_hub(prompts) else os.path.basename(prompts)
     shown = config.trajectories.model_copy(update={"prompts": prompts})
     loras = f"\nThese LoRAs are fused into its teacher; load them too, so:\n\n{fused}"
@@ -173,9 +172,12 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         teacher=code_span(places["teacher"]),
         loras=loras if fused else "",
         steps=config.trajectories.slots,
-        guidance_scale=config.trajectories.guidance_scale,
+        guidance_scale=scale,
+        baked="which the\nnetwork is told: sample at the same"
+        if teacher.family.guidance_is_input
+        else "which is baked\nin: sample without guidance",
         version=version("rapm"),
-        use=_how_to_use(teacher, config.trajectories.slots, kohya_file),
+        use=_how_to_use(teacher, config.trajectories.slots, scale, kohya_file),
         scores=_scores_start(run) + scores_text(run) + SCORES_END,
         settings=code_block(
             settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"
@@ -183,14 +185,16 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
     )
 
 
-def _how_to_use(teacher: Teacher, steps: int, kohya_file: str) -> str:
-    return (OF_FLOW if teacher.family.flow else OF_BETAS).format(
+def _how_to_use(teacher: Teacher, steps: int, guidance_scale: float, kohya_file: str) -> str:
+    family, scale = teacher.family, teacher.student_guidance(guidance_scale)
+    return (OF_FLOW if family.flow else OF_BETAS).format(
         steps=steps,
         diffusers_file=DIFFUSERS_FILE,
         kohya_file=code_span(kohya_file),
         kohya_cell=code_cell(kohya_file),
         sigmas=[(t + 1) / 1000 for t in trailing_timesteps(steps)[:-1]],
-        guidance=teacher.family.pipeline_guidance(1),
+        guidance=family.pipeline_guidance(scale),
+        told=f" A FluxGuidance node says {scale:g}." if family.guidance_is_input else "",
         shift=teacher.schedule.shift,
         mu=math.log(teacher.schedule.shift),
     )

@@ -29,7 +29,7 @@ from rapm.presets import check_preset
 from rapm.prompts import Prompt, PromptList, count_longer, read_prompts, report, token_limit
 from rapm.quiet import quiet_libraries
 from rapm.report import write_report
-from rapm.rollout import Contents, make_store, rollout
+from rapm.rollout import Contents, make_store, merge, rollout
 from rapm.run import Run
 from rapm.sample import sample_run
 from rapm.samples import TrainingSamples
@@ -109,8 +109,11 @@ def distill_run(run: Run, tracker: str = "") -> bool:
     return True
 
 
-def open_run(config: Config, out: Path, preset: str | None = None) -> Run:
+def open_run(config: Config, out: Path, preset: str | None = None, patience: float = 0) -> Run:
     """Creates a run or goes on with one, once all that its settings name is there.
+
+    Args:
+        patience: seconds to wait for another process that works on it.
 
     Raises:
         UserError: no such teacher, prompts or device, a preset of another family, or the folder
@@ -125,7 +128,7 @@ def open_run(config: Config, out: Path, preset: str | None = None) -> Run:
     # Before the run takes these settings over: its trajectories may be others'.
     Run.check_method(out, config)
     check_facts(out / "trajectories", _facts(config, teacher, prompts), complete=True)
-    return Run.open(out, config)
+    return Run.open(out, config, patience=patience)
 
 
 # ---- prompts
@@ -147,10 +150,8 @@ def describe_prompts(run: Run) -> str:
     """One line about a run's prompts: how many there are, and are longer than the teacher reads."""
     teacher = teacher_of(run.config)
     prompts, used = _prompts(run.config, teacher), run.config.trajectories.count
-    tokenizers = teacher.load_tokenizers()
-    limit = token_limit(tokenizers)
-    longer = count_longer([prompt.text for prompt in prompts.prompts[:used]], tokenizers, limit)
-    return report(prompts, used, longer, limit)
+    texts, tokenizers = [p.text for p in prompts.prompts[:used]], teacher.load_tokenizers()
+    return report(prompts, used, count_longer(texts, tokenizers), token_limit(tokenizers))
 
 
 # ---- trajectories
@@ -172,16 +173,14 @@ def _facts(config: Config, teacher: Teacher, prompts: PromptList) -> dict[str, A
 def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
     own, grid = config.trajectories, config.grid()
     facts = {name: getattr(own, name) for name in ("negative_prompt", "size", "seed", "count")}
-    if METHODS[config.method].stores_positions:
-        facts |= {
-            "grid": [grid.slots, grid.fine_steps, grid.delta],
-            "guidance_scale": own.guidance_scale,
-            "shard_size": own.shard_size,
-        }
-    held = "" if config.base_precision == "same" else f", {config.base_precision}"
+    if positions := METHODS[config.method].stores_positions:
+        steps = [grid.slots, grid.fine_steps, grid.delta]
+        facts |= {"grid": steps, "shard_size": own.shard_size}
+    if positions or teacher.family.guidance_is_input:
+        facts |= {"guidance_scale": own.guidance_scale}
     return facts | {
         "teacher": teacher.fingerprint,
-        "precision": f"{config.precision}{held}",
+        "precision": config.precisions,
         "rapm": version("rapm"),
     }
 
@@ -189,7 +188,25 @@ def _facts_without_prompts(config: Config, teacher: Teacher) -> dict[str, Any]:
 def make_trajectories(run: Run) -> TrajectoryStore:
     """Rolls out the teacher for every prompt and seed, or goes on with it, or opens what is there.
 
-    Where the method needs no positions, prompts alone are encoded and stored.
+    Where the method needs no positions, prompts alone are encoded and stored. Other processes may
+    do the same for the same run meanwhile. Raises as :func:`make_share` does.
+    """
+    store = make_share(run)
+    assert store is not None, "all of it is its share"
+    return store
+
+
+def make_share(
+    run: Run, share: tuple[int, int] = (0, 1), others: Sequence[Path] = ()
+) -> TrajectoryStore | None:
+    """Rolls out a share of a run's trajectories.
+
+    Args:
+        share: (i, n): of n parts the i-th, counted from 0.
+        others: folders of runs whose finished shards are taken over first.
+
+    Returns:
+        The store, once all of it is there; None before.
 
     Raises:
         UserError: the prompts, the teacher or an existing store are not as they must be, or memory
@@ -201,8 +218,10 @@ def make_trajectories(run: Run) -> TrajectoryStore:
     facts = _facts(config, teacher, listed)
     if check_facts(run.trajectories, facts, complete=True):
         return TrajectoryStore.open(run.trajectories)
+    for other in others:
+        merge(run.trajectories, other / "trajectories", facts)
     # No trajectory has one of the other prompts, and encoding them takes memory.
-    prompts, family = listed.prompts[: own.count], teacher.family
+    prompts = listed.prompts[: own.count]
     device = torch.device(config.torch_device)
     with within_memory(config, "trajectories"):
         # Now, and not when the first picture is drawn after hours.
@@ -214,7 +233,7 @@ def make_trajectories(run: Run) -> TrajectoryStore:
         conditioning=conditioning,
         unconditional=unconditional,
         sizes=[
-            (teacher.latent_shape(size), family.of_size(*(size or teacher.size())))
+            (teacher.latent_shape(size), teacher.of_picture(size, own.guidance_scale))
             for size in own.sizes()
         ],
         count=own.count,
@@ -230,7 +249,8 @@ def make_trajectories(run: Run) -> TrajectoryStore:
 
     rolled = roll if METHODS[config.method].stores_positions else None
     with within_memory(config, "trajectories"), backbone.adapter(TEACHER):
-        return make_store(run.trajectories, contents, rolled, batch_size=own.batch_size)
+        size, folder = own.batch_size, run.trajectories
+        return make_store(folder, contents, rolled, batch_size=size, share=share)
 
 
 def _encode(

@@ -141,17 +141,19 @@ def shipped(count: int | None, seed: int) -> list[str]:
 def token_limit(tokenizers: Sequence[Any]) -> int:
     """How many tokens of a prompt a teacher with these tokenizers sees, start and end marks
     included."""
-    return min(tokenizer.model_max_length for tokenizer in tokenizers)
+    return max(tokenizer.model_max_length for tokenizer in tokenizers)
 
 
-def count_longer(texts: Sequence[str], tokenizers: Sequence[Any], limit: int) -> int:
-    """How many texts have more than ``limit`` tokens, start and end marks included, by any of the
-    tokenizers."""
-    lengths = [
-        [len(ids) for ids in tokenizer(list(texts), truncation=False).input_ids]
+def count_longer(texts: Sequence[str], tokenizers: Sequence[Any]) -> int:
+    """How many texts none of the tokenizers sees whole, start and end marks included."""
+    cut = [
+        [
+            len(ids) > tokenizer.model_max_length
+            for ids in tokenizer(list(texts), truncation=False).input_ids
+        ]
         for tokenizer in tokenizers
     ]
-    return sum(max(each) > limit for each in zip(*lengths, strict=True))
+    return sum(map(all, zip(*cut, strict=True)))
 
 
 def report(prompts: PromptList, used: int, longer: int, limit: int) -> str:

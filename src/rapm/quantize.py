@@ -8,7 +8,6 @@ a layer is kept for the backward pass: the weight is brought back once more ther
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -23,32 +22,32 @@ Kind = Literal["int8", "nf4"]
 Layer = nn.Linear | nn.Conv2d
 
 
-def quantize(network: nn.Module, names: Sequence[str], kind: Kind) -> None:
-    """Holds the weights of a frozen network in fewer bits; before any adapter is added.
+def quantize(network: nn.Module, kind: Kind, device: str | None = None) -> None:
+    """Holds a frozen network's weights in fewer bits; before any adapter is added.
 
-    They are linear and convolution layers'. The layers keep their class, by which peft chooses an
-    adapter's too; ``weight`` becomes the packed bytes, of an integer dtype, which peft does not
-    cast adapters to.
+    Of its blocks all linear and convolution layers; what comes before and after keeps its
+    precision. The layers keep their class, by which peft chooses an adapter's too; ``weight``
+    becomes the packed bytes, of an integer dtype, which peft does not cast adapters to.
 
     Args:
-        names: the layers' names or endings of names; the others keep their precision.
         kind: int8 with one scale for each output channel; nf4, 4-bit NormalFloat in blocks of 64
             (arXiv 2305.14314), by bitsandbytes.
+        device: where the network goes, layer by layer, so that it is never whole there.
 
     Raises:
         UserError: ``nf4`` and bitsandbytes is not installed.
     """
-    endings = tuple(f".{name}" for name in names)
     pack, full = {"int8": (_pack_int8, _full_int8), "nf4": (_pack_nf4, _full_nf4)}[kind]
-    layers: list[Any] = [
-        m
-        for name, m in network.named_modules()
-        if isinstance(m, Layer) and f".{name}".endswith(endings)
-    ]
+    blocks = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    layers: dict[Any, None] = {  # in order, each once: lists may be in lists
+        m: None for each in blocks for m in each.modules() if isinstance(m, Layer)
+    }
     for layer in layers:
-        layer.weight = nn.Parameter(pack(layer, layer.weight.detach()), requires_grad=False)
+        weight = pack(layer, layer.weight.detach().to(device))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         # Methods and no closures: torch.compile takes the layers for one function then.
         layer.full, layer.forward = MethodType(full, layer), MethodType(_forward, layer)
+    network.to(device)
 
 
 def _pack_int8(layer: Any, weight: Tensor) -> Tensor:

@@ -1,17 +1,30 @@
-"""The teacher's rollout, and the making of a trajectory store out of it."""
+"""The teacher's rollout, and the making of a trajectory store out of it, by any number of
+processes on any hosts that share the folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rapm.errors import UserError
-from rapm.io import save_checked, save_tensors, sha256, with_prefix, write_json
+from rapm.io import (
+    complete_or_absent,
+    save_checked,
+    save_tensors,
+    sha256,
+    sweep,
+    with_prefix,
+    write_json,
+)
 from rapm.progress import track
 from rapm.prompts import Prompt
 from rapm.sampling import Conditioning, Denoiser, ddim, noise
@@ -24,6 +37,7 @@ from rapm.trajectories import (
     fingerprint,
     is_finished_shard,
     noise_of,
+    read_manifest,
     shard_name,
     size_index,
 )
@@ -31,6 +45,7 @@ from rapm.versions import versions
 
 Roll = Callable[[Tensor, Conditioning], tuple[Tensor, Tensor]]
 """``(noise [B, C, H, W] on the CPU, conditioning) -> absolute, intermediate positions``."""
+POLL = 2.0  # seconds between two looks at what other processes make
 
 
 @torch.no_grad()
@@ -89,14 +104,26 @@ class Contents:
 
 
 def make_store(
-    folder: Path, contents: Contents, roll: Roll | None, *, batch_size: int
-) -> TrajectoryStore:
+    folder: Path,
+    contents: Contents,
+    roll: Roll | None,
+    *,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+) -> TrajectoryStore | None:
     """Rolls trajectories out and stores them; goes on where an earlier call was stopped.
+
+    Other processes may do the same in the same folder meanwhile. A shard is made by the one that
+    claims it first, and each of them waits until all are there.
 
     Args:
         folder: the store's; made when it is not there.
         roll: None where no positions are stored.
         batch_size: trajectories of one size side by side.
+        share: (i, n): of n parts the i-th alone, counted from 0. The others are made elsewhere.
+
+    Returns:
+        The store; None where shards of other parts are missing.
 
     Raises:
         UserError: the folder holds trajectories made from other facts, or a position is not a
@@ -106,7 +133,43 @@ def make_store(
     folder.mkdir(parents=True, exist_ok=True)
     names = [PROMPTS, CONDITIONING]
     if roll:
-        names += _make_shards(folder, contents, roll, batch_size, mark)
+        shards = _make_shards(folder, contents, roll, batch_size, mark, share)
+        elsewhere = [name for k, name in enumerate(shards) if k % share[1] != share[0]]
+        if not all(is_finished_shard(folder / name, mark) for name in elsewhere):
+            return None
+        names += shards
+    while not read_manifest(folder):
+        with _claimed(folder / MANIFEST) as mine:
+            if mine and not read_manifest(folder):
+                _finish(folder, contents, names, mark, positions=roll is not None)
+            elif not mine:
+                time.sleep(POLL)
+    for claim in folder.glob(".*.lock"):  # whoever leaves last leaves none
+        with suppress(OSError):  # Windows deletes nothing that is open
+            claim.unlink()
+    return TrajectoryStore.open(folder)
+
+
+def merge(folder: Path, other: Path, facts: Mapping[str, Any]) -> int:
+    """Copies the finished shards of another folder that are missing in this one. Returns how many.
+
+    Raises:
+        UserError: one of them was made from other facts.
+    """
+    mark, number = fingerprint(facts), 0
+    for shard in sorted(other.glob("shard-*.safetensors")):
+        there, here = is_finished_shard(shard, mark), folder / shard.name
+        if there and not is_finished_shard(here, mark):
+            with complete_or_absent(here) as temporary:
+                shutil.copyfile(shard, temporary)
+            number += 1
+    return number
+
+
+def _finish(
+    folder: Path, contents: Contents, names: Sequence[str], mark: str, *, positions: bool
+) -> None:
+    """Writes what belongs to all shards, the manifest last."""
     write_json(folder / PROMPTS, [asdict(prompt) for prompt in contents.prompts])
     of_size = {
         name: torch.cat([own[name] for _, own in contents.sizes]) for name in contents.sizes[0][1]
@@ -118,40 +181,90 @@ def make_store(
         "fingerprint": mark,
         "facts": contents.facts,
         "count": contents.count,
-        "shard_size": contents.shard_size if roll else 0,
+        "shard_size": contents.shard_size if positions else 0,
         "seed": contents.seed,
         "shapes": [list(shape) for shape, _ in contents.sizes],
         "versions": versions(),  # told, not compared
         "files": {name: sha256(folder / name) for name in names},
     }
+    sweep(folder)
     write_json(folder / MANIFEST, manifest)
-    return TrajectoryStore(folder, manifest)
+
+
+@contextmanager
+def _claimed(file: Path) -> Iterator[bool]:
+    """Whether a file is this process's to make. The system lets go of a claim however the process
+    ends that has it."""
+    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        raise UserError(
+            f"{file.parent} cannot be locked ({error}); a run needs a file system with locks"
+        ) from None
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _make_shards(
-    folder: Path, contents: Contents, roll: Roll, batch_size: int, mark: str
+    folder: Path,
+    contents: Contents,
+    roll: Roll,
+    batch_size: int,
+    mark: str,
+    share: tuple[int, int],
 ) -> list[str]:
-    """Writes the shards that are not there yet; returns all their names."""
-    size, count = contents.shard_size, contents.count
+    """Writes the shards of its share that nobody else makes; returns all names. Shards of the share
+    that others have claimed are waited for."""
+    size, count, (part, parts) = contents.shard_size, contents.count, share
     names = [shard_name(shard) for shard in range(-(-count // size))]
-    done = [is_finished_shard(folder / name, mark) for name in names]
-    with track(range(count), "trajectories", initial=min(count, size * sum(done))) as bar:
-        for shard, name in enumerate(names):
-            if done[shard]:
-                continue
-            rows = range(shard * size, min((shard + 1) * size, count))
-            tensors: dict[str, Tensor] = {}
-            for of_size in range(len(contents.sizes)):
-                prompts, sizes = len(contents.prompts), len(contents.sizes)
-                own = [k for k in rows if size_index(k, prompts, sizes) == of_size]
-                for first in range(0, len(own), batch_size):
-                    batch = own[first : first + batch_size]
-                    for k, absolute, intermediate in _roll_out(contents, roll, batch, of_size):
-                        tensors[f"absolute.{k - rows.start}"] = absolute
-                        tensors[f"intermediate.{k - rows.start}"] = intermediate
-                    bar.update(len(batch))
-            save_checked(folder / name, tensors, {"fingerprint": mark})
+    rows = {k: range(k * size, min((k + 1) * size, count)) for k in range(len(names))}
+    waiting = [k for k in rows if k % parts == part]
+    missing = [k for k in waiting if not is_finished_shard(folder / names[k], mark)]
+    done = sum(len(rows[k]) for k in waiting if k not in missing)
+    total = sum(len(rows[k]) for k in waiting)
+    with track(None, "trajectories", total=total, initial=done) as bar:
+        while missing:
+            for shard in list(missing):
+                file = folder / names[shard]
+                with _claimed(file) as mine:
+                    if is_finished_shard(file, mark):  # by another process
+                        bar.update(len(rows[shard]))
+                    elif mine:
+                        tensors = _shard(contents, roll, rows[shard], batch_size, bar.update)
+                        save_checked(file, tensors, {"fingerprint": mark})
+                    else:
+                        continue
+                missing.remove(shard)
+            if missing:
+                time.sleep(POLL)
     return names
+
+
+def _shard(
+    contents: Contents,
+    roll: Roll,
+    rows: range,
+    batch_size: int,
+    shown: Callable[[int], object],
+) -> dict[str, Tensor]:
+    """What a shard of these trajectories holds."""
+    tensors: dict[str, Tensor] = {}
+    prompts, sizes = len(contents.prompts), len(contents.sizes)
+    for of_size in range(sizes):
+        own = [k for k in rows if size_index(k, prompts, sizes) == of_size]
+        for first in range(0, len(own), batch_size):
+            batch = own[first : first + batch_size]
+            for k, absolute, intermediate in _roll_out(contents, roll, batch, of_size):
+                tensors[f"absolute.{k - rows.start}"] = absolute
+                tensors[f"intermediate.{k - rows.start}"] = intermediate
+            shown(len(batch))
+    return tensors
 
 
 def _roll_out(

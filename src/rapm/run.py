@@ -61,9 +61,12 @@ class Run:
         self._settings_are_new = False  # to be written once the folder is locked
 
     @classmethod
-    def open(cls, folder: Path, config: Config) -> Run:
+    def open(cls, folder: Path, config: Config, *, patience: float = 0) -> Run:
         """Creates a run, or goes on with one. Until there is a checkpoint its settings may still be
         changed.
+
+        Args:
+            patience: seconds to wait for another process that works on it.
 
         Raises:
             UserError: the folder holds a run that was trained with settings that compute another
@@ -80,7 +83,7 @@ class Run:
         cls.check_method(folder, config)  # before the lock, which makes the folder
         run = cls(folder, config)
         run._settings_are_new = True
-        with run.locked():
+        with run.locked(patience):
             return run
 
     @classmethod
@@ -114,7 +117,7 @@ class Run:
         return cls(folder, settings.read_run(text, str(file)))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0) -> Iterator[None]:
         """Keeps other processes from working on this run; the system lets go of it however this
         process ends. Within it this run may be locked again.
 
@@ -126,7 +129,7 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock.acquire(timeout=patience)
         except Timeout:
             raise UserError(
                 f"another process is working on {self.folder}; wait for it or choose another --out"
@@ -156,7 +159,8 @@ class Run:
         text = settings.dump(self.config)
         if self._settings_are_new and not (file.is_file() and read(file) == text.encode()):
             write_text(file, text)
-        for folder in (self.folder, self.trajectories, self.checkpoints, self.samples, self.export):
+        # Not that of trajectories: several processes may be at them.
+        for folder in (self.folder, self.checkpoints, self.samples, self.export):
             sweep(folder)
         self._forget_checkpoints()
 

@@ -18,7 +18,7 @@ from rapm.errors import UserError
 from rapm.io import under_prefix
 from rapm.memory import within_memory
 from rapm.models.resolve import teacher_of
-from rapm.models.teacher import Teacher, move
+from rapm.models.teacher import Teacher, load_backbone, move
 from rapm.network import STUDENT, TEACHER, Backbone
 from rapm.optim import learnt_weights
 from rapm.pictures import FEW_STEP_GUIDANCE, facts_of_picture, image_grid, to_pictures
@@ -59,9 +59,13 @@ class Sampler:
         self.teacher, self.backbone, self.guidance_scale = teacher, backbone, guidance_scale
         self.negative_prompt, self.batch_size = negative_prompt, batch_size
         self.scheduler: SchedulerName = scheduler
-        self.shape = teacher.latent_shape(size)
-        self._of_size = teacher.family.of_size(*(size or teacher.size()))
+        self.size, self.shape = size, teacher.latent_shape(size)
         self._on_step: Callable[[], object] = lambda: None
+
+    @property
+    def student_guidance(self) -> float:
+        """What a student is drawn at."""
+        return self.teacher.student_guidance(self.guidance_scale)
 
     @cached_property
     def _texts(self) -> Any:
@@ -73,7 +77,9 @@ class Sampler:
         dtype = torch.float32 if half else self.backbone.dtype
         return self.teacher.load(["vae"], dtype, str(self.backbone.device))
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+    def encode(
+        self, prompts: Sequence[str], guidance_scale: float | None = None
+    ) -> tuple[Conditioning, Conditioning]:
         """Conditioning of the prompts, [n, ...], and of the negative prompt, [1, ...].
 
         Text encoders take the network's turn on a GPU: together they may not fit.
@@ -81,10 +87,11 @@ class Sampler:
         network, device, family = self.backbone.network, self.backbone.device, self.teacher.family
         network.to("cpu")
         texts = move(self._texts, device)
-        sizes = {n: v.expand(len(prompts), *v.shape[1:]) for n, v in self._of_size.items()}
+        own = self.teacher.of_picture(self.size, guidance_scale or self.guidance_scale)
+        own = {name: x.expand(len(prompts), *x.shape[1:]) for name, x in own.items()}
         try:
             unconditional = family.unconditional(texts, self.negative_prompt)
-            return family.encode(texts, prompts) | sizes, unconditional
+            return family.encode(texts, prompts) | own, unconditional
         finally:
             move(texts, "cpu")
             network.to(device)
@@ -114,12 +121,13 @@ class Sampler:
 
         Args:
             adapter: TEACHER or STUDENT.
-            guidance_scale: instead of the teacher's own; a student has none.
+            guidance_scale: instead of the teacher's own, or of what its student is drawn at.
         """
         side_by_side, seeds = batch_size or self.batch_size, list(seeds)
         z = torch.stack([picture_noise(seed, self.shape) for seed in seeds])
-        conditioning, unconditional = self.encode(prompts)
-        scale = guidance_scale or (self.guidance_scale if adapter == TEACHER else 1.0)
+        own = self.guidance_scale if adapter == TEACHER else self.student_guidance
+        scale = guidance_scale or own
+        conditioning, unconditional = self.encode(prompts, scale)
         denoiser, schedule = guided(self.backbone, unconditional, scale), self.teacher.schedule
 
         def told(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -182,10 +190,9 @@ def teachers_sampler(
 ) -> Sampler:
     """Loads a teacher's network, to draw as a run's settings say."""
     own = config.trajectories
-    network = teacher.load_network(config.torch_dtype, config.torch_device)
     return Sampler(
         teacher,
-        teacher.backbone(network),
+        load_backbone(teacher, config, config.torch_device),
         guidance_scale=own.guidance_scale,
         negative_prompt=own.negative_prompt,
         size=own.sizes()[0],
@@ -232,14 +239,15 @@ def sample_run(
     texts = [texts[i % len(texts)] for i in range(count)]
     rows = [("teacher", TEACHER, many_steps, scale)]
     rows += [("teacher", TEACHER, few_steps, min(scale, FEW_STEP_GUIDANCE))]
-    rows += [("student", STUDENT, steps, 1.0)] if iteration else []
+    told_student = teacher.student_guidance(scale)
+    rows += [("student", STUDENT, steps, told_student)] if iteration else []
     facts = {
         "prompts": texts,
         "seed": seed,
         "rows": [list(row) for row in rows],
         "teacher": [teacher.fingerprint, config.trajectories.negative_prompt],
         "size": config.trajectories.size,
-        "precision": config.precision,
+        "precision": config.precisions,
         "checkpoint": checkpoint,
     }
     name = _slug(prompts) + f"seed-{seed}-steps-{steps}"
@@ -260,7 +268,8 @@ def sample_run(
                 seeds = range(seed, seed + count)
                 images = sampler.images(adapter, texts, seeds, n, guidance_scale=guidance)
                 told = "no guidance" if guidance == 1 else f"guidance {guidance:g}"
-                calls = n * (1 if guidance == 1 else 2)
+                one_pass = guidance == 1 or teacher.family.guidance_is_input
+                calls = n * (1 if one_pass else 2)
                 title = f"{model}, {n} steps, {told} ({calls} network calls)"
                 if adapter == STUDENT and iteration < iterations:
                     title += f", iteration {iteration:,} of {iterations:,}"

@@ -66,7 +66,9 @@ class TrainingSamples:
                     file.unlink(missing_ok=True)
             self._draw_teacher()
             with self.method.student.averaged():
-                self._draw(STUDENT, self.method.grid.slots, 1.0, row_file(folder, iteration))
+                scale = self.run.config.trajectories.guidance_scale
+                scale, file = self.teacher.student_guidance(scale), row_file(folder, iteration)
+                self._draw(STUDENT, self.method.grid.slots, scale, file)
             made = [k for k in drawn_iterations(self.run) if k <= iteration]
             self._strip(made)
             return measures(folder, made)
@@ -95,7 +97,8 @@ class TrainingSamples:
         latents, clean = [], []
         with backbone.adapter(adapter):
             for first in range(0, len(self.rows), size):
-                z, prompts = self._start(self.rows[first : first + size], first)
+                rows = self.rows[first : first + size]
+                z, prompts = self._start(rows, first, guidance_scale)
                 for k, step in enumerate(ddim(denoiser, schedule, z, timesteps, prompts)):
                     if first == 0 and k % (num_steps // slots) == 0:
                         x0, _ = schedule.x0_and_eps(step.z, step.prediction, timesteps[k])
@@ -110,14 +113,16 @@ class TrainingSamples:
             name = OF_TEACHER if adapter == TEACHER else OF_STUDENT
             save_row(path, file.with_name(name))
 
-    def _start(self, rows: Sequence[Trajectory], first: int) -> tuple[Tensor, dict[str, Any]]:
+    def _start(
+        self, rows: Sequence[Trajectory], first: int, guidance_scale: float
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Noise and prompts of some pictures."""
+        own = self.teacher.of_picture(self.run.config.trajectories.sizes()[0], guidance_scale)
+        own = {name: x[0] for name, x in own.items()}
+        each = [{**row.conditioning, **own} for row in rows]
         seeds = range(first, first + len(rows))
         z = torch.stack([picture_noise(k, rows[0].absolute.shape[1:]) for k in seeds])
-        prompts = {
-            name: torch.stack([row.conditioning[name] for row in rows])
-            for name in rows[0].conditioning
-        }
+        prompts = {name: torch.stack([told[name] for told in each]) for name in each[0]}
         return z.to(self.method.backbone.device), prompts
 
     def _strip(self, made: Sequence[int]) -> None:

@@ -66,10 +66,10 @@ def guided(denoiser: Denoiser, unconditional: Conditioning, guidance_scale: floa
 
     Args:
         unconditional: one prompt, [1, ...] each; what it does not name (a picture's size) is the
-            same for both.
+            same for both. {} is of a network that is told the scale, and needs no second half.
         guidance_scale: 1 is none, and asks for no second half.
     """
-    if guidance_scale == 1:
+    if guidance_scale == 1 or not unconditional:
         return denoiser
 
     def both(z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

@@ -113,7 +113,7 @@ def evaluate_run(
     weights: Path,
     cache: Path,
     steps: int | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     scheduler: SchedulerName = "ddim",
 ) -> list[str]:
     """Scores a run's student, and its teacher beside it; writes ``scores-PROTOCOL.json``.
@@ -123,6 +123,7 @@ def evaluate_run(
             :class:`rapm.evaluate.features.Reader`.
         cache: where what they read is kept, for all runs.
         steps: the student's; N when left out.
+        guidance_scale: the student's; what it was trained for when left out.
 
     Returns:
         A table in lines.
@@ -145,9 +146,9 @@ def evaluate_run(
         run.config,
         choices,
         student,
-        Model(
-            "student", STUDENT, STUDENT, steps or run.config.trajectories.slots, guidance_scale, {}
-        ),
+        ("student", STUDENT, STUDENT),
+        steps=steps,
+        guidance_scale=guidance_scale,
         scheduler=scheduler,
         weights=weights,
         cache=cache,
@@ -166,7 +167,7 @@ def evaluate_lora(
     cache: Path,
     file: Path,
     steps: int | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     scheduler: SchedulerName = "ddim",
 ) -> list[str]:
     """Scores a LoRA that was made elsewhere, at strength 1.0 on the teacher of ``config``. As
@@ -185,7 +186,9 @@ def evaluate_lora(
         config,
         choices,
         lambda: teachers_sampler(fused, config, scheduler),
-        Model(lora.stem, "lora", TEACHER, steps or config.trajectories.slots, guidance_scale, {}),
+        (lora.stem, "lora", TEACHER),
+        steps=steps,
+        guidance_scale=guidance_scale,
         scheduler=scheduler,
         weights=weights,
         cache=cache,
@@ -199,8 +202,10 @@ def _evaluate(
     config: Config,
     choices: Choices,
     student: Callable[[], Sampler],
-    drawn: Model,
+    drawn: tuple[str, str, str],
     *,
+    steps: int | None,
+    guidance_scale: float | None,
     scheduler: SchedulerName,
     weights: Path,
     cache: Path,
@@ -211,7 +216,7 @@ def _evaluate(
     """Scores a model by a protocol, once.
 
     Args:
-        drawn: what ``student`` draws with; its facts are told here.
+        drawn: name, source and adapter of what ``student`` draws with.
     """
     teacher, own = teacher_of(config), config.trajectories
     if not os.access(file.parent, os.W_OK):
@@ -224,16 +229,16 @@ def _evaluate(
         "teacher": teacher.fingerprint,
         "negative_prompt": own.negative_prompt,
         "size": f"{width}x{height}",
-        "precision": config.precision,
+        "precision": config.precisions,
     }
-    name = drawn.name if scheduler == "ddim" else f"{drawn.name}, {scheduler}"
-    drawn = replace(
-        drawn, name=name, facts=facts | {"weights": made["checkpoint"], "by": scheduler}
-    )
-    models = [drawn]
+    name, source, adapter = drawn
+    steps, told = steps or own.slots, facts | {"weights": made["checkpoint"], "by": scheduler}
+    scale = guidance_scale or teacher.student_guidance(own.guidance_scale)
+    name += "" if scheduler == "ddim" else f", {scheduler}"
+    models = [Model(name, source, adapter, steps, scale, told)]
     if choices.with_teacher or choices.name == "teacher":
-        steps = choices.many_steps, drawn.steps
-        models = [*protocols.teacher_models(facts, own.guidance_scale, *steps), drawn]
+        each = own.guidance_scale, choices.many_steps, steps
+        models = [*protocols.teacher_models(facts, *each), *models]
     protocol = task.facts(reader.marks) | {"size": facts["size"]}
     if choices.name == "teacher":
         protocol |= {"teacher": teacher.fingerprint[:12], "guidance": own.guidance_scale}
@@ -241,9 +246,7 @@ def _evaluate(
     asked = {**made, "drawn": [[m.name, m.steps, m.guidance_scale, m.facts] for m in models]}
     scores = Scores.load(file, asked)
     if scores is None or scores.protocol != protocol:
-        samplers = Samplers(
-            {TEACHER: lambda: teachers_sampler(teacher, config), drawn.source: student}
-        )
+        samplers = Samplers({TEACHER: lambda: teachers_sampler(teacher, config), source: student})
         with within_memory(config, "pictures"):
             gallery = Gallery(reader, choices.resize, cache)
             rows, notes = protocols.score(task, models, samplers, gallery)

@@ -37,8 +37,8 @@ class Family:
             first. ``_class_name`` is the part's class.
         encode: ``(pipeline, prompts) -> conditioning`` of each prompt, tensors [n, ...] on the CPU.
         unconditional: ``(pipeline, negative prompt) -> conditioning`` that guidance leads away
-            from, [1, ...] on the CPU.
-        of_size: ``(width, height) -> conditioning`` that depends on the picture's size alone,
+            from, [1, ...] on the CPU; {} where guidance is an input of the network.
+        of_picture: ``(width, height, guidance scale) -> conditioning`` that depends on these alone,
             tensors [1, ...]; {} for none.
         conditioning: ``(configs) -> shape`` of each tensor that ``encode`` gives a prompt; known
             without loading anything.
@@ -53,6 +53,9 @@ class Family:
         packing: a cell of z is a square of so many of the VAE's latents a side.
         shift: ``(scheduler's config, patches of a picture) -> shift`` of a flow whose scheduler
             says ``use_dynamic_shifting``.
+        max_tokens: where the pipeline cuts a prompt, of the text encoder that reads furthest; 0 is
+            where its tokenizers end.
+        guidance_is_input: the network is told the guidance scale, in one pass; so is the student.
         pipeline_guidance: what the pipeline is to be called with for a guidance scale, where 1 is
             none.
     """
@@ -69,13 +72,15 @@ class Family:
     served: Mapping[str, Mapping[str, tuple[Any, ...]]]
     encode: Callable[[Any, Sequence[str]], dict[str, Tensor]]
     unconditional: Callable[[Any, str], dict[str, Tensor]]
-    of_size: Callable[[int, int], dict[str, Tensor]]
     conditioning: Callable[[Configs], dict[str, tuple[int, ...]]]
     latent_shape: Callable[[Configs, tuple[int, int] | None], tuple[int, int, int]]
     decode: Callable[[Any, Tensor], Tensor]
     base_model: Callable[[Configs], tuple[str, str]]
     pipeline_guidance: Callable[[float], float] = float
+    of_picture: Callable[[int, int, float], dict[str, Tensor]] = lambda width, height, scale: {}
     flow: bool = False
+    max_tokens: int = 0
+    guidance_is_input: bool = False
     packing: int = 1
     shift: Callable[[Mapping[str, Any], int], float] | None = None
 
@@ -85,7 +90,7 @@ Configs = Callable[[str], Mapping[str, Any]]
 
 def families() -> list[Family]:
     """All that there are."""
-    from rapm.models import flux2, sd3, sdxl, stable_diffusion, z_image
+    from rapm.models import chroma, flux, flux2, sd3, sdxl, stable_diffusion, z_image
 
-    modules = (stable_diffusion, sdxl, sd3, z_image, flux2)
+    modules = (stable_diffusion, sdxl, sd3, z_image, flux2, flux, chroma)
     return [module.FAMILY for module in modules]

@@ -236,7 +236,7 @@ def _call_all(teacher: Teacher) -> None:
             z = empty(1, *family.latent_shape(teacher.config, size))
             shapes = family.conditioning(teacher.config).items()
             given = {name: empty(1, *shape) for name, shape in shapes}
-            given |= {name: x.to("meta") for name, x in family.of_size(*size).items()}
+            given |= {name: x.to("meta") for name, x in family.of_picture(*size, 1.0).items()}
             family.call(layout(family.network), z, torch.empty(1, device="meta"), given)
         with reading(source, "vae"):
             layout("vae").decode(pixel_shuffle(z, family.packing), return_dict=False)

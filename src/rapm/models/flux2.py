@@ -13,7 +13,16 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
 from rapm.models import Configs, Family
-from rapm.models.flow import PATCH, block_feature_layers, latent_sides, patches_to_map
+from rapm.models.flow import (
+    PATCH,
+    as_patches,
+    packed_shape,
+    patches_to_map,
+    places,
+    stream_feature_layers,
+    stream_map,
+    text_tokens,
+)
 from rapm.models.stable_diffusion import decode_in_parts, finite, in_batches
 from rapm.sampling import Conditioning
 
@@ -28,41 +37,26 @@ LORA_TARGETS = (
 
 
 def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    height, width = z.shape[-2:]
     prompts = conditioning["prompt_embeds"]
-    places = torch.zeros(height, width, 4, device=z.device)  # time, row, column, place in the text
-    places[..., 1] = torch.arange(height, device=z.device)[:, None]
-    places[..., 2] = torch.arange(width, device=z.device)
-    of_text = torch.zeros(prompts.shape[1], 4, device=z.device)
+    of_text = torch.zeros(prompts.shape[1], 4, device=z.device)  # a place in time, picture and text
     of_text[:, 3] = torch.arange(prompts.shape[1], device=z.device)
     patches = network(
-        hidden_states=z.flatten(2).transpose(1, 2),
+        hidden_states=as_patches(z),
         timestep=t.to(z.dtype) / 1000,
         guidance=None,
         encoder_hidden_states=prompts,
-        img_ids=places.flatten(0, 1),
+        img_ids=places(z, axes=4),
         txt_ids=of_text,
         return_dict=False,
     )[0]
     return patches_to_map(patches, z, patch=1)
 
 
-def _feature_map(output: Any, z: Tensor) -> Tensor:
-    """Of a double block, text and picture apart; of a single one, the text before the picture."""
-    patches = output[1] if isinstance(output, tuple) else output
-    return patches_to_map(patches[:, -z.shape[-2] * z.shape[-1] :], z, patch=1)
-
-
-def _feature_layers(network: Any) -> list[str]:
-    double, single = len(network.transformer_blocks), len(network.single_transformer_blocks)
-    names = [f"transformer_blocks.{k}" for k in range(double)]
-    return block_feature_layers(names + [f"single_transformer_blocks.{k}" for k in range(single)])
-
-
 @torch.no_grad()
 def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    tokens = text_tokens(pipeline.tokenizer.model_max_length, MAX_TOKENS)
     rows = [
-        pipeline.encode_prompt(batch, pipeline.device)[0].float().cpu()
+        pipeline.encode_prompt(batch, pipeline.device, max_sequence_length=tokens)[0].float().cpu()
         for batch in in_batches(prompts, 8)
     ]
     return {"prompt_embeds": finite(torch.cat(rows), "the text encoder's embeddings")}
@@ -75,12 +69,8 @@ def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"its joint_attention_dim is {takes}, its text encoder gives {width}")
     if text["num_hidden_layers"] < max(TEXT_LAYERS):
         raise ValueError(f"its text encoder has {text['num_hidden_layers']} layers")
-    return {"prompt_embeds": (MAX_TOKENS, width)}
-
-
-def _latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    height, width = latent_sides(configs, size or (SIZE, SIZE))
-    return configs("transformer")["in_channels"], height // PATCH, width // PATCH
+    tokens = text_tokens(configs("tokenizer").get("model_max_length"), MAX_TOKENS)
+    return {"prompt_embeds": (tokens, width)}
 
 
 def _shift(scheduler: Mapping[str, Any], patches: int) -> float:
@@ -103,8 +93,8 @@ FAMILY = Family(
     single_file=(),
     lora_targets=LORA_TARGETS,
     lora_names=lambda network: (),
-    feature_layers=_feature_layers,
-    feature_map=_feature_map,
+    feature_layers=stream_feature_layers,
+    feature_map=stream_map,
     call=_call,
     served={
         "pipeline": {"is_distilled": (False, None)},  # which takes no guidance
@@ -118,11 +108,11 @@ FAMILY = Family(
     },
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
-    of_size=lambda width, height: {},
     conditioning=_conditioning,
-    latent_shape=_latent_shape,
+    latent_shape=lambda configs, size: packed_shape(configs, size or (SIZE, SIZE)),
     decode=_decode,
     flow=True,
+    max_tokens=MAX_TOKENS,
     base_model=lambda configs: ("flux2", "flux-2-klein"),
     packing=PATCH,
     shift=_shift,

@@ -37,6 +37,8 @@ PUBLISHED = {
     "Tongyi-MAI/Z-Image": "random:z-image",
     "black-forest-labs/FLUX.2-klein-base-4B": "random:flux2-klein-base-4b",
     "black-forest-labs/FLUX.2-klein-base-9B": "random:flux2-klein-base-9b",
+    "black-forest-labs/FLUX.1-dev": "random:flux1-dev",
+    "lodestones/Chroma1-HD": "random:chroma1",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -126,13 +128,20 @@ def resolve_teacher(
 
 
 def teacher_of(config: Config) -> Teacher:
-    """A run's teacher; raises as :func:`resolve_teacher` does."""
-    return resolve_teacher(
+    """A run's teacher; raises as :func:`resolve_teacher` does, and for a negative prompt where the
+    teacher has none."""
+    teacher = resolve_teacher(
         config.teacher,
         config=config.teacher_config,
         loras=config.teacher_loras,
         size=config.trajectories.sizes()[0],
     )
+    if teacher.family.guidance_is_input and config.trajectories.negative_prompt:
+        raise UserError(
+            f"trajectories.negative_prompt: teacher '{teacher.source}' has none, as guidance was "
+            "distilled into it"
+        )
+    return teacher
 
 
 def architecture_of(config: Config) -> Teacher:

@@ -19,12 +19,11 @@ _PLAIN = {
     "use_dynamic_shifting": False,
     "shift_terminal": None,
     "invert_sigmas": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
     "stochastic_sampling": False,
     "time_shift_type": "exponential",
 }
+# Which sigmas a pipeline visits, where nobody names them: here they are always named.
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -40,7 +39,7 @@ def scheduler_of(config: Any, shift: float = 1.0) -> Any:
     is what Stable Diffusion has, and not what DDIMScheduler's defaults are.
     """
     if is_flow(config):
-        own = {"shift": shift, "use_dynamic_shifting": False}
+        own = {"shift": shift, "use_dynamic_shifting": False} | dict.fromkeys(_SPACINGS, False)
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, **own)
     final = {} if "set_alpha_to_one" in config else {"set_alpha_to_one": False}
     own = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}

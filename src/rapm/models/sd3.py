@@ -17,6 +17,8 @@ from rapm.models.flow import (
     decode_shifted,
     latent_sides,
     patches_to_map,
+    t5_embeddings,
+    text_tokens,
 )
 from rapm.models.stable_diffusion import SERVED_VAE, finite, in_batches
 from rapm.sampling import Conditioning
@@ -39,11 +41,6 @@ def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) 
     )[0]
 
 
-def _t5_tokens(told: Any) -> int:
-    """A tokenizer may have a shorter end of its own."""
-    return min(int(told or T5_TOKENS), T5_TOKENS)
-
-
 @torch.no_grad()
 def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     embeds, pooled = [], []
@@ -52,7 +49,7 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
             *(batch, None, None),
             device=pipeline.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=_t5_tokens(pipeline.tokenizer_3.model_max_length),
+            max_sequence_length=text_tokens(pipeline.tokenizer_3.model_max_length, T5_TOKENS),
         )
         embeds.append(found[0].float().cpu())
         pooled.append(found[2].float().cpu())
@@ -62,14 +59,11 @@ def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
     network, clip = configs("transformer"), [configs("text_encoder"), configs("text_encoder_2")]
-    width, takes = configs("text_encoder_3")["d_model"], network["joint_attention_dim"]
-    if takes != width:
-        raise ValueError(f"its joint_attention_dim is {takes}, its text encoder gives {width}")
+    tokens, width = t5_embeddings(configs, "3", T5_TOKENS)["prompt_embeds"]
     pooled, takes = sum(c["projection_dim"] for c in clip), network["pooled_projection_dim"]
     if takes != pooled:
         raise ValueError(f"its pooled_projection_dim is {takes}, its encoders give {pooled}")
-    tokens = min(c["max_position_embeddings"] for c in clip)
-    tokens += _t5_tokens(configs("tokenizer_3").get("model_max_length"))
+    tokens += min(c["max_position_embeddings"] for c in clip)
     return {"prompt_embeds": (tokens, width), "pooled_prompt_embeds": (pooled,)}
 
 
@@ -125,10 +119,10 @@ FAMILY = Family(
     },
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
-    of_size=lambda width, height: {},
     conditioning=_conditioning,
     latent_shape=_latent_shape,
     decode=decode_shifted,
     flow=True,
+    max_tokens=T5_TOKENS,
     base_model=_base_model,
 )

@@ -105,7 +105,7 @@ FAMILY = Family(
     },
     encode=_encode,
     unconditional=_unconditional,
-    of_size=_of_size,
+    of_picture=lambda width, height, scale: _of_size(width, height),
     conditioning=_conditioning,
     latent_shape=unet_latent_shape,
     decode=_decode,

@@ -207,7 +207,6 @@ FAMILY = Family(
     },
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
-    of_size=lambda width, height: {},
     conditioning=prompt_embeds_shape,
     latent_shape=unet_latent_shape,
     decode=decode_with_vae,

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from rapm.config import Config
 from rapm.errors import UserError
@@ -88,6 +88,14 @@ class Teacher:
         factor = self.family.packing * 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
         return width * factor, height * factor
 
+    def of_picture(self, size: tuple[int, int] | None, guidance_scale: float) -> dict[str, Tensor]:
+        """Conditioning that depends on these alone, [1, ...]; None is the teacher's own size."""
+        return self.family.of_picture(*(size or self.size()), guidance_scale)
+
+    def student_guidance(self, guidance_scale: float) -> float:
+        """What a student of this teacher at that scale is drawn at: none, unless it is told."""
+        return guidance_scale if self.family.guidance_is_input else 1.0
+
     def load(self, parts: Sequence[str], precision: torch.dtype, device: str) -> Any:
         """A pipeline of these parts and no others: text parts to encode prompts, the VAE to see
         pictures.
@@ -133,7 +141,7 @@ class Teacher:
 
     def _limit_tokens(self, pipeline: Any, parts: Sequence[str]) -> None:
         """A tokenizer cuts a prompt where the shortest of tokenizers and encoders ends; of some
-        tokenizers nothing says where that is. T5 has no such end, and its family gives it one."""
+        tokenizers nothing says where that is. Where a pipeline ends before, its family says so."""
         found = [getattr(pipeline, part) for part in parts if part.startswith("tokenizer")]
         encoders = [part for part in self.family.text_parts if part.startswith("text_encoder")]
         if found:
@@ -142,7 +150,7 @@ class Teacher:
                 limits = [config.get("max_position_embeddings") for config in configs]
                 limited = [t for t, limit in zip(found, limits, strict=True) if limit]
                 lengths = (tokenizer.model_max_length for tokenizer in limited)
-                least = min(*filter(None, limits), *lengths)
+                least = min((*filter(None, limits), *lengths), default=0)
                 for part, encoder in zip(self.family.text_parts, encoders, strict=False):
                     tokens, known = len(getattr(pipeline, part)), self.config(encoder)["vocab_size"]
                     if tokens > known:
@@ -151,6 +159,9 @@ class Teacher:
                         raise ValueError("it has no token to fill prompts up with (pad_token)")
             for tokenizer in limited:
                 tokenizer.model_max_length = least
+            if self.family.max_tokens:
+                last = found[-1]
+                last.model_max_length = min(last.model_max_length, self.family.max_tokens)
             if hasattr(pipeline, "tokenizer_max_length"):  # read off a tokenizer before
                 pipeline.tokenizer_max_length = least
 
@@ -216,15 +227,17 @@ def move(pipeline: Any, device: str | torch.device) -> Any:
 
 
 def load_backbone(teacher: Teacher, config: Config, device: str) -> Backbone:
-    """The teacher's network alone: all that rollout and training need.
+    """The teacher's network alone: all that rollout, training and pictures of it need.
 
-    Both see the same held weights, so that the student learns what few steps take and not what
-    holding took away. Raises as :meth:`Teacher.load` does, and where the settings name a LoRA
+    All of them see the same held weights, so that the student learns what few steps take and not
+    what holding took away. Raises as :meth:`Teacher.load` does, and where the settings name a LoRA
     target that no layer has.
     """
-    network, family = teacher.load_network(config.torch_dtype, device), teacher.family
-    if config.base_precision != "same":
-        quantize(network, family.lora_targets, config.base_precision)
+    if config.base_precision == "same":
+        network = teacher.load_network(config.torch_dtype, device)
+    else:
+        network = teacher.load_network(config.torch_dtype, "meta" if device == "meta" else "cpu")
+        quantize(network, config.base_precision, device)
     backbone = teacher.backbone(
         network, gradient_checkpointing=config.training.gradient_checkpointing
     )

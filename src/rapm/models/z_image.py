@@ -17,6 +17,7 @@ from rapm.models.flow import (
     decode_shifted,
     latent_sides,
     patches_to_map,
+    text_tokens,
 )
 from rapm.models.stable_diffusion import SERVED_VAE, finite, in_batches
 from rapm.sampling import Conditioning
@@ -38,13 +39,12 @@ def _call(network: nn.Module, z: Tensor, t: Tensor, conditioning: Conditioning) 
 @torch.no_grad()
 def _encode(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     rows: list[Tensor] = []
+    tokens = text_tokens(pipeline.tokenizer.model_max_length, MAX_TOKENS)
     for batch in in_batches(prompts, 8):
-        rows += pipeline.encode_prompt(
-            batch, pipeline.device, False, max_sequence_length=MAX_TOKENS
-        )[0]
+        rows += pipeline.encode_prompt(batch, pipeline.device, False, max_sequence_length=tokens)[0]
     finite(torch.cat(rows), "the text encoder's embeddings")
-    padded = torch.zeros(len(rows), MAX_TOKENS, rows[0].shape[1])
-    mask = torch.zeros(len(rows), MAX_TOKENS)
+    padded = torch.zeros(len(rows), tokens, rows[0].shape[1])
+    mask = torch.zeros(len(rows), tokens)
     for k, row in enumerate(rows):
         padded[k, : len(row)], mask[k, : len(row)] = row.float().cpu(), 1
     return {"prompt_embeds": padded, "prompt_mask": mask}
@@ -54,7 +54,8 @@ def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
     width, takes = configs("text_encoder")["hidden_size"], configs("transformer")["cap_feat_dim"]
     if takes != width:
         raise ValueError(f"its cap_feat_dim is {takes}, its text encoder gives {width}")
-    return {"prompt_embeds": (MAX_TOKENS, width), "prompt_mask": (MAX_TOKENS,)}
+    tokens = text_tokens(configs("tokenizer").get("model_max_length"), MAX_TOKENS)
+    return {"prompt_embeds": (tokens, width), "prompt_mask": (tokens,)}
 
 
 def _latent_shape(configs: Configs, size: tuple[int, int] | None) -> tuple[int, int, int]:
@@ -85,11 +86,11 @@ FAMILY = Family(
     },
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
-    of_size=lambda width, height: {},
     conditioning=_conditioning,
     latent_shape=_latent_shape,
     decode=decode_shifted,
     flow=True,
+    max_tokens=MAX_TOKENS,
     base_model=lambda configs: ("zimage", "z-image"),
     pipeline_guidance=lambda scale: float(scale - 1),  # cond + scale (cond - uncond), 0 for none
 )
