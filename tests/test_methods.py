@@ -125,7 +125,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ROWS = [
     *(("tiny", name, k) for name in OPTIONS for k in (EVEN, ODD) if not ("joint" in name and k)),
-    ("sdxl", "as it comes", ODD),
 ]
 
 
