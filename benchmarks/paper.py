@@ -55,7 +55,7 @@ def pcm_at(rate: float) -> Spec:
 
 
 # The rates that everything below has; see table ``rates``.
-RATE, PCM_RATE = 5e-4, 5e-4
+RATE, PCM_RATE = 2e-4, 5e-4
 RAPM, PCM = rapm_at(RATE), pcm_at(PCM_RATE)
 
 

@@ -24,9 +24,10 @@ import rapm
 from conftest import SMALL, changed, make_lora
 from ldm import unet_name
 from rapm import io, settings
+from rapm.card import model_card
 from rapm.config import Config
 from rapm.errors import UserError
-from rapm.export import export_run, exported, kohya_state, model_card
+from rapm.export import export_run, exported, kohya_state
 from rapm.models.resolve import resolve_teacher, teacher_of
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER, Backbone
@@ -352,7 +353,8 @@ def test_one_network_at_a_time(
         sample_run(run, many_steps=2, count=1)
     finally:
         gc.enable()
-    assert left == [0, 0, 0, 0]  # for trajectories, training, export, pictures
+    # For trajectories, training, export and its two files read back, pictures.
+    assert left == [0, 0, 0, 0, 0, 0]
 
 
 def test_too_little_memory_for_pictures_is_one_line(
@@ -629,3 +631,56 @@ def test_the_prompts_file_may_be_gone_when_pictures_are_drawn(
         assert sample_run(finished, count=1, many_steps=4, file=tmp_path / "a.png").is_file()
     finally:
         file.write_text(text, encoding="utf-8")
+
+
+# ---- other checkpoints, other forms
+
+
+def test_another_checkpoint_in_fewer_bits_goes_elsewhere(finished: Run, tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in finished.export.glob("*.*")}
+    files = export_run(finished, tmp_path / "out", dtype="bfloat16", fused=True)
+    assert files.diffusers.parent == tmp_path / "out"
+    assert {file: file.read_bytes() for file in finished.export.glob("*.*")} == before
+    for file in (files.diffusers, files.kohya):
+        halves = [x for name, x in load_file(file).items() if "alpha" not in name]
+        assert {x.dtype for x in halves} == {torch.bfloat16}
+    whole = load_file(exported(finished).diffusers)
+    for name, value in load_file(files.diffusers).items():
+        assert torch.equal(value, whole[name].bfloat16())
+    with pytest.raises(UserError, match="no checkpoint of iteration 3; there are: 8"):
+        export_run(finished, tmp_path / "other", step=3)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_fused_pipeline_draws_what_the_student_draws(finished: Run, tmp_path: Path) -> None:
+    export_run(finished, tmp_path, fused=True)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "fused", safety_checker=None)
+    sampler = open_sampler(finished)
+    own = sampler.latents(STUDENT, PROMPTS, [3, 4], num_steps=4)
+    z = torch.stack([picture_noise(seed, (4, 8, 8)) for seed in (3, 4)])
+    given = {"num_inference_steps": 4, "guidance_scale": 1.0, "latents": z}
+    drawn = pipeline(PROMPTS, output_type="latent", **given).images
+    assert (drawn - own).abs().max() < 1e-3
+    others = sampler.latents(TEACHER, PROMPTS, [3, 4], num_steps=4, guidance_scale=1.0)
+    assert (drawn - others).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("wrong", ["alpha", "a layer"])
+def test_a_file_that_reads_back_as_something_else_is_not_written(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Alpha that got lost, and a layer that was left out."""
+
+    def damaged(*given: Any) -> dict[str, torch.Tensor]:
+        state = kohya_state(*given)
+        if wrong == "alpha":
+            return {n: x for n, x in state.items() if "alpha" not in n} | {
+                n: x * 8 for n, x in state.items() if "alpha" in n
+            }
+        first = next(iter(state)).partition(".")[0]
+        return {n: x for n, x in state.items() if not n.startswith(f"{first}.")}
+
+    monkeypatch.setattr("rapm.export.kohya_state", damaged)
+    with pytest.raises(UserError, match=r"run-4-steps\.safetensors was not written: diffusers"):
+        export_run(finished, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -412,7 +412,7 @@ def test_copies_beside_the_checkpoints_are_nobodys(run):
         assert value.equal(weights(10)[name])
     assert run.newest_checkpoint()[1] != digest
     (run.checkpoints / "step-00000010.safetensors").unlink()
-    with pytest.raises(UserError, match="the checkpoint of iteration 10 is gone; run this again"):
+    with pytest.raises(UserError, match="there is no checkpoint of iteration 10; there are: "):
         run.load_checkpoint(10)
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -235,14 +235,37 @@ def train(run: RunArgument, tracker: TrackerOption = "") -> None:
 
 
 @app.command()
-def export(run: RunArgument) -> None:
-    """Write the newest checkpoint's student as LoRA files for diffusers and other programs."""
+def export(
+    run: RunArgument,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Its iteration; the newest when left out.")
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the LoRA files' numbers.")
+    ] = "fp32",
+    fused: Annotated[
+        bool, typer.Option("--fused", help="A whole pipeline with the LoRA in its weights, too.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; the run's export/ when left out.")
+    ] = None,
+) -> None:
+    """Write a checkpoint's student as LoRA files for diffusers and other programs.
+
+    Each file is read back by diffusers and held to the student before it takes its place.
+    """
     from rapm.export import export_run
     from rapm.run import Run
 
     opened = Run.existing(run)
-    export_run(opened)
-    print_files(opened)
+    if out and out.is_file():
+        raise UserError(f"--out {out} is a file; name a folder")
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    files = export_run(opened, out, step=checkpoint, dtype=names[dtype], fused=fused)
+    if out is None:
+        print_files(opened)
+    else:
+        print(f"LoRA files: {files.diffusers.parent}")
 
 
 for _command in (sample, evaluate, report, ui, plan, presets, doctor, prompts):

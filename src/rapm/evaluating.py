@@ -106,8 +106,8 @@ def evaluate(
     Stop it any time: what was read off pictures is kept, and the same command goes on.
     """
     given = locals()
+    from rapm.card import tell_scores
     from rapm.evaluate.protocols import MANY_STEPS, Choices
-    from rapm.export import tell_scores
     from rapm.models.resolve import teacher_of
     from rapm.report import write_report
     from rapm.run import Run

@@ -227,7 +227,8 @@ class Run:
         """
         steps = [k for k in self.checkpoint_steps() if step is None or k <= step]
         if step is not None and step not in steps:
-            raise UserError(f"the checkpoint of iteration {step:,} is gone; run this again")
+            there = ", ".join(map(str, self.checkpoint_steps())) or "none"
+            raise UserError(f"there is no checkpoint of iteration {step}; there are: {there}")
         if not steps:
             return 0, {}
         self._check_made(steps)

@@ -188,13 +188,17 @@ class Teacher:
 
     def load_network(self, precision: torch.dtype, device: str) -> Any:
         """The denoising network, which is all that rollout and training need. Raises as
-        :meth:`load` does.
+        :meth:`load` does."""
+        return getattr(self.load_bare(precision, device), self.family.network)
+
+    def load_bare(self, precision: torch.dtype, device: str) -> Any:
+        """A pipeline of its network alone. Raises as :meth:`load` does.
 
         A stage leaves its network in cycles of hooks and adapted layers. Uncollected, the rollout's
         would stay on a GPU beside the one that is trained, and both beside the one for pictures.
         """
         gc.collect()
-        return getattr(self.load([self.family.network], precision, device), self.family.network)
+        return self.load([self.family.network], precision, device)
 
     def scheduler(self) -> Any:
         """The deterministic one, in diffusers' form."""
