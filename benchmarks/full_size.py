@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -322,17 +323,31 @@ def counted() -> str:
 # ---- all
 
 
-def run_all(out: Path, repeats: int, iterations: int, only: str) -> None:
-    """Runs what the file does not hold, each case in a process of its own."""
+def run_all(
+    wanted: Iterable[Mapping[str, Any]],
+    out: Path,
+    repeats: int,
+    iterations: int,
+    until: float = math.inf,
+) -> None:
+    """Runs the cases that the file does not hold, each in a process of its own.
+
+    Args:
+        until: by the monotonic clock; a case that has not ended then is given up.
+    """
     rows = json.loads(out.read_text()) if out.exists() else []
     done = {key_of(row) for row in rows if "error" not in row}
-    for case in cases(torch.cuda.is_available()):
-        key = key_of(case)
-        if key in done or only not in " ".join(map(str, key)):
+    for case in wanted:
+        key, left = key_of(case), until - time.monotonic()
+        if key in done or left < 1:
             continue
         options = ["--repeats", str(repeats), "--iterations", str(iterations)]
         command = [sys.executable, __file__, "--case", json.dumps(case), *options]
-        result = subprocess.run(command, capture_output=True, text=True)
+        try:
+            limit = None if math.isinf(left) else left
+            result = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return
         if result.returncode == 0:
             row = json.loads(result.stdout.strip().splitlines()[-1])
         else:
@@ -426,7 +441,9 @@ def main() -> None:
     elif given.counted:
         replace_between(COST, START_COUNTED, counted())
     elif given.out:
-        run_all(given.out, given.repeats, given.iterations, given.only)
+        every = cases(torch.cuda.is_available())
+        wanted = [case for case in every if given.only in " ".join(map(str, key_of(case)))]
+        run_all(wanted, given.out, given.repeats, given.iterations)
     else:
         parser.error("--out, --table or --counted")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from conftest import changed, make_pipeline
+from rapm.card import tell_scores
 from rapm.cli import main
 from rapm.config import Config
 from rapm.errors import UserError
@@ -34,7 +35,7 @@ from rapm.evaluate.features import CLIP, INCEPTION, PICKSCORE, Inception, Reader
 from rapm.evaluate.metrics import frechet_distance, pair_distances
 from rapm.evaluate.protocols import Choices, open_task
 from rapm.evaluate.rows import Row, Scores
-from rapm.export import export_run, tell_scores
+from rapm.export import export_run
 from rapm.io import sha256
 from rapm.models.resolve import teacher_of
 from rapm.network import STUDENT, TEACHER

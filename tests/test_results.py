@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import re
 import shutil
@@ -684,3 +685,23 @@ def test_a_file_that_reads_back_as_something_else_is_not_written(
     with pytest.raises(UserError, match=r"run-4-steps\.safetensors was not written: diffusers"):
         export_run(finished, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_workflow_asks_for_what_was_trained(finished: Run) -> None:
+    """Every link leads to a node before it."""
+    nodes = json.loads((finished.export / "comfyui_workflow.json").read_text())
+    links = [
+        (int(key), value[0])
+        for key, node in nodes.items()
+        for value in node["inputs"].values()
+        if isinstance(value, list)
+    ]
+    assert links and all(int(source) < key for key, source in links)
+    by_kind = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    asked = by_kind["KSampler"]
+    names = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
+    assert [asked[name] for name in names] == [4, 1.0, "euler", "simple", 1.0]
+    assert by_kind["LoraLoader"]["lora_name"] == exported(finished).kohya.name
+    assert by_kind["LoraLoader"]["strength_model"] == 1.0
+    latent = by_kind["EmptyLatentImage"]
+    assert (latent["width"], latent["height"]) == teacher_of(finished.config).size()

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from rapm.card import DIFFUSERS_FILE, model_card
 from rapm.config import Config
-from rapm.io import files_together, save_tensors, with_prefix, write_text
+from rapm.io import files_together, save_tensors, with_prefix, write_json, write_text
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT
 from rapm.readback import Readback
 from rapm.run import Run
 from rapm.sample import open_sampler
+from rapm.workflow import WORKFLOW, workflow
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def export_run(
                     teacher, config.student.rank, files.kohya.stem, steps, size
                 )
                 save_tensors(made / files.kohya.name, kohya_state(state, names[0]), described)
+                checkpoint = (
+                    teacher.checkpoint.name if teacher.checkpoint else "TEACHER.safetensors"
+                )
+                nodes = workflow(checkpoint, files.kohya.name, steps, size)
+                write_json(made / WORKFLOW, nodes)
             for file in sorted(made.glob("*.safetensors")):
                 readback.check(file, rounded=dtype != "float32")
             if fused:

@@ -162,7 +162,7 @@ class Teacher:
             if self.family.max_tokens:
                 last = found[-1]
                 last.model_max_length = min(last.model_max_length, self.family.max_tokens)
-            if hasattr(pipeline, "tokenizer_max_length"):  # read off a tokenizer before
+            if limited and hasattr(pipeline, "tokenizer_max_length"):  # read off a tokenizer before
                 pipeline.tokenizer_max_length = least
 
     def _check_finite(self, part: str, loaded: Any, precision: torch.dtype) -> None:
