@@ -175,6 +175,7 @@ def again(backbone: Backbone, passes: Sequence[Pass], adapters: bool) -> None:
 
     Without an adapter that leads to the input, as there is nothing else that it could lead to.
     """
+    times, backbone.times = backbone.times, None  # what was noted is what the network was fed
     for one in passes:
         to_input = one.graph and (one.to_input or not adapters)
         adapter = one.adapter if adapters else TEACHER
@@ -187,6 +188,7 @@ def again(backbone: Backbone, passes: Sequence[Pass], adapters: bool) -> None:
                 torch.autograd.grad(out, z, ones)
             elif one.graph:
                 torch.autograd.backward(out, ones)
+    backbone.times = times
 
 
 def make_method(
