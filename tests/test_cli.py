@@ -417,6 +417,12 @@ def test_presets_are_listed(rapm):
     assert f"Teacher and memory: {PRESETS}." in re.sub(r"\s+", " ", told)
 
 
+@pytest.mark.parametrize("given", ["x", "2/2", "0/0", "-1/2", "1/2/3"])
+def test_a_share_that_is_none_is_one_line(rapm, given):
+    line = mistake(rapm("trajectories", "--out", "run", "--shard", given))
+    assert line == f"--shard {given}: write I/N, of N parts the I-th from 0, such as 0/4"
+
+
 def test_the_version(rapm):
     assert rapm("--version") == (0, f"rapm {metadata.version('rapm')}\n", "")
 

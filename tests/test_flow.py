@@ -23,7 +23,7 @@ from rapm.config import Config
 from rapm.errors import UserError
 from rapm.estimate import make_plan
 from rapm.export import export_run, exported
-from rapm.models.resolve import resolve_teacher
+from rapm.models.resolve import resolve_teacher, teacher_of
 from rapm.models.teacher import Teacher
 from rapm.network import STUDENT, TEACHER
 from rapm.pipeline import make_trajectories, train_run
@@ -198,16 +198,20 @@ def test_features_are_maps_of_the_blocks_at_their_depths(folder: Path) -> None:
         torch.testing.assert_close(found[:, :, 1, 3], patches[:, 9], rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(params=["rapm", "midpoint"])
-def config(request: pytest.FixtureRequest, folder: Path, tiny_prompts: Path) -> Config:
-    if request.param == "midpoint" and not folder.name.startswith("sd3"):
-        pytest.skip("one family shows it: methods know none")
-    table = tiny_table(folder, tiny_prompts)
+RUNS = [*(("rapm", kind) for kind in FLOW), ("midpoint", "sd3")]  # methods know no family
+
+
+@pytest.fixture(params=RUNS, ids="-".join)
+def config(
+    request: pytest.FixtureRequest, flow_teachers: dict[str, Path], tiny_prompts: Path
+) -> Config:
+    method, kind = request.param
+    table = tiny_table(flow_teachers[kind], tiny_prompts)
     table["trajectories"]["size"] = "16x16"
-    if request.param == "midpoint":
+    if method == "midpoint":
         del table["discriminators"]
         del table["trajectories"]["fine_steps"], table["trajectories"]["shard_size"]
-    return parse(table | {"method": request.param}, "tests")
+    return parse(table | {"method": method}, "tests")
 
 
 def distilled(config: Config, folder: Path) -> Run:
@@ -217,7 +221,7 @@ def distilled(config: Config, folder: Path) -> Run:
     return run
 
 
-def test_a_run_from_trajectories_to_files(config: Config, folder: Path, tmp_path: Path) -> None:
+def test_a_run_from_trajectories_to_files(config: Config, tmp_path: Path) -> None:
     """Resumed to the bit; the LoRA moves the pipeline to the student's pictures."""
     config = changed(config, student={"learning_rate": 0.05}, training={"warmup": 0})
     whole = distilled(config, tmp_path / "whole")
@@ -230,10 +234,10 @@ def test_a_run_from_trajectories_to_files(config: Config, folder: Path, tmp_path
     for name in ("step-00000008.safetensors", "step-00000010.safetensors"):
         assert filecmp.cmp(run.checkpoints / name, whole.checkpoints / name, shallow=False)
 
-    files = export_run(whole)
+    files = export_run(whole, fused=True)  # which is read back, too
     assert exported(whole) == files
     assert not files.kohya.exists()
-    sampler, pipeline = open_sampler(whole), opened(folder)
+    sampler, pipeline = open_sampler(whole), opened(Path(config.teacher))
     own = (sampler.images(STUDENT, PROMPTS, [3, 4], num_steps=3) + 1) / 2
     z = torch.stack([picture_noise(seed, sampler.shape) for seed in (3, 4)])
 
@@ -360,6 +364,23 @@ def test_configs_that_do_not_go_are_one_line(
     with pytest.raises(UserError, match=message) as error:
         resolved(copied)
     assert "\n" not in str(error.value)
+
+
+def test_guidance_that_is_an_input(flow_teachers: dict[str, Path], tmp_path: Path) -> None:
+    """FLUX.1's: no negative prompt, and a network that is told no scale is another model."""
+    own = {
+        "teacher": str(flow_teachers["flux"]),
+        "trajectories": {"negative_prompt": "blur", "size": "16x16"},
+    }
+    config = Config.model_validate(own)
+    with pytest.raises(UserError, match=r"negative_prompt: teacher .* has none"):
+        teacher_of(config)
+    copied = tmp_path / "schnell"
+    shutil.copytree(flow_teachers["flux"], copied)
+    file = copied / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": False}))
+    with pytest.raises(UserError, match="has guidance_embeds = False"):
+        resolved(copied)
 
 
 def test_sizes_that_the_network_does_not_know_are_refused(flow_teachers: dict[str, Path]) -> None:

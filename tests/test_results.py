@@ -653,6 +653,25 @@ def test_another_checkpoint_in_fewer_bits_goes_elsewhere(finished: Run, tmp_path
     assert not (tmp_path / "other").exists()
 
 
+def test_the_card_of_an_older_checkpoint_has_no_scores_of_the_newest(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run", finished.config)
+    shutil.copytree(finished.folder, run.folder)
+    newest = run.checkpoints / "step-00000008.safetensors"
+    _, weights = run.load_checkpoint()
+    newest.unlink()
+    run.save_checkpoint(4, weights)
+    run.save_checkpoint(8, weights)
+    monkeypatch.setattr("rapm.card.scores_text", lambda _: "SCORES")
+    starts = set()
+    for step, told in ((4, False), (8, True), (None, True)):
+        card = model_card(run, teacher_of(run.config), "k", step)
+        assert ("SCORES" in card) == told
+        starts.add(re.search("scores of checkpoint [0-9a-f]{16}", card)[0])  # type: ignore[index]
+    assert len(starts) == 2
+
+
 def test_the_fused_pipeline_draws_what_the_student_draws(finished: Run, tmp_path: Path) -> None:
     export_run(finished, tmp_path, fused=True)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "fused", safety_checker=None)

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,24 @@ def test_one_process_at_a_time(run):
         assert Run.existing(run.folder).config == run.config
     with run.locked():
         pass
+
+
+def test_one_may_wait_for_another_process(run):
+    """Many open a run at the same moment, to roll out together."""
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Run.existing(run.folder).locked():
+            is_held.set()
+            may_end.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    is_held.wait()
+    assert "another process" in refused(Run.open, run.folder, KEEP_TWO)
+    threading.Timer(0.3, may_end.set).start()
+    Run.open(run.folder, KEEP_TWO, patience=30)
+    other.join()
 
 
 def test_a_refused_command_leaves_the_settings_of_a_run_at_work(run):

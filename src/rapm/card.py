@@ -96,9 +96,16 @@ the model's own is another.
 SCORES_END = "<!-- rapm: end of scores -->\n"
 
 
-def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
-    """Of what the run was: its method, teacher and settings. Where things lay is left out."""
-    config = run.config
+def model_card(run: Run, teacher: Teacher, kohya_file: str, step: int | None = None) -> str:
+    """Of what the run was: its method, teacher and settings. Where things lay is left out.
+
+    Args:
+        step: of the checkpoint that the files are of; the newest when left out. Scores are the
+            newest one's, and stand in its card alone.
+    """
+    config, (newest, digest) = run.config, run.newest_checkpoint()
+    is_newest = step in (None, newest)
+    digest = digest if is_newest or step is None else run.checkpoint_digest(step)
     fused = "".join(
         f"- {code_span(lo.file.name)} at strength {lo.strength:g}\n" for lo in teacher.loras
     )
@@ -125,7 +132,7 @@ def model_card(run: Run, teacher: Teacher, kohya_file: str) -> str:
         else "which is baked\nin: sample without guidance",
         version=version("rapm"),
         use=_how_to_use(teacher, config.trajectories.slots, scale, kohya_file),
-        scores=_scores_start(run) + scores_text(run) + SCORES_END,
+        scores=_scores_start(digest) + (scores_text(run) if is_newest else "") + SCORES_END,
         settings=code_block(
             settings.dump(config.model_copy(update={**places, "trajectories": shown})), "toml"
         ),
@@ -158,8 +165,8 @@ def scores_text(run: Run) -> str:
     return "\n".join(["## Scores", "", *parts, ""]) if parts else ""
 
 
-def _scores_start(run: Run) -> str:
-    return f"<!-- rapm: scores of checkpoint {run.newest_checkpoint()[1][:16]} -->\n"
+def _scores_start(digest: str) -> str:
+    return f"<!-- rapm: scores of checkpoint {digest[:16]} -->\n"
 
 
 def tell_scores(run: Run) -> None:
@@ -167,7 +174,7 @@ def tell_scores(run: Run) -> None:
     written into it stays."""
     card = run.export / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before, start, rest = text.partition(_scores_start(run))
+    before, start, rest = text.partition(_scores_start(run.newest_checkpoint()[1]))
     _, end, after = rest.partition(SCORES_END)
     told = before + start + scores_text(run) + end + after
     if end and told != text:

@@ -85,7 +85,9 @@ def evaluate(
     guidance: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=100, help="Of the student or LoRA; none when left out, FLUX.1's its own."
+            min=0.1,
+            max=100,
+            help="Of the student or LoRA; none when left out, of FLUX.1 the teacher's.",
         ),
     ] = None,
     split: Annotated[

@@ -93,7 +93,7 @@ def export_run(
                 _save_fused(teacher, config, made / DIFFUSERS_FILE, made / "fused")
                 readback.check_folder(made / "fused")
             teacher.scheduler().save_pretrained(made / "scheduler")
-            write_text(made / "README.md", model_card(run, teacher, files.kohya.name))
+            write_text(made / "README.md", model_card(run, teacher, files.kohya.name, step))
         return files
 
 

@@ -3,7 +3,7 @@ student that they are of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +53,23 @@ class Readback:
         Raises:
             UserError: another program would draw something else with it.
         """
-        self._check(lambda pipeline: pipeline.load_lora_weights(str(file)), file, rounded)
+        pipeline = self.teacher.load_bare(self.config.torch_dtype, self._device)
+        pipeline.load_lora_weights(str(file))
+        self._hold(getattr(pipeline, self.teacher.family.network), file, rounded)
 
     def check_folder(self, folder: Path) -> None:
-        """Holds a pipeline's folder that the student was fused into."""
-        part, dtype = self.teacher.family.network, self.config.torch_dtype
+        """Holds a pipeline's folder that the student was fused into. Raises as :meth:`check`."""
+        own = {"source": str(folder), "folder": folder, "checkpoint": None, "loras": ()}
+        fused = replace(self.teacher, random=False, **own)
+        self._hold(fused.load_network(self.config.torch_dtype, self._device), folder, rounded=True)
 
-        def load(pipeline: Any) -> None:
-            kind = type(getattr(pipeline, part))
-            setattr(pipeline, part, kind.from_pretrained(folder / part, torch_dtype=dtype).eval())
+    @property
+    def _device(self) -> str:
+        """Where a network is loaded to; one that is held in fewer bits is never whole on a GPU."""
+        return self.config.torch_device if self.config.base_precision == "same" else "cpu"
 
-        self._check(load, folder, rounded=True)
-
-    def _check(self, load: Callable[[Any], None], file: Path, rounded: bool) -> None:
-        config, part = self.config, self.teacher.family.network
-        device = config.torch_device if config.base_precision == "same" else "cpu"
-        pipeline = self.teacher.load_bare(config.torch_dtype, device)
-        load(pipeline)
-        network = getattr(pipeline, part)
+    def _hold(self, network: Any, file: Path, rounded: bool) -> None:
+        config = self.config
         if config.base_precision != "same":
             quantize(network, config.base_precision, config.torch_device)
         found = self._predict(self.teacher.backbone(network), TEACHER)

@@ -63,10 +63,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path, config: Config, *, patience: float = 0) -> Run:
         """Creates a run, or goes on with one. Until there is a checkpoint its settings may still be
-        changed.
-
-        Args:
-            patience: seconds to wait for another process that works on it.
+        changed. Another process that works on it is waited for, ``patience`` seconds.
 
         Raises:
             UserError: the folder holds a run that was trained with settings that compute another
@@ -187,7 +184,10 @@ class Run:
     def newest_checkpoint(self) -> tuple[int, str]:
         """Its step and a digest; (0, "") where there is none."""
         step = max(self.checkpoint_steps(), default=0)
-        return step, sha256(self._checkpoint(step)) if step else ""
+        return step, self.checkpoint_digest(step) if step else ""
+
+    def checkpoint_digest(self, step: int) -> str:
+        return sha256(self._checkpoint(step))
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a checkpoint, then deletes those beyond ``keep_checkpoints``.

@@ -5,26 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import ChromaPipeline
 from torch import Tensor, nn
 
-from rapm.models import Configs, Family
-from rapm.models.flow import (
-    PATCH,
-    as_patches,
-    decode_packed,
-    packed_shape,
-    patches_to_map,
-    places,
-    stream_feature_layers,
-    stream_map,
-    t5_embeddings,
-    text_tokens,
-)
-from rapm.models.flux import LORA_TARGETS, MAX_TOKENS, SIZE, shift_of_size
+from rapm.models import Configs, flux
+from rapm.models.flow import as_patches, patches_to_map, places, t5_embeddings, text_tokens
+from rapm.models.flux import MAX_TOKENS
 from rapm.models.stable_diffusion import SERVED_VAE, finite, in_batches
 from rapm.sampling import Conditioning
 
@@ -88,15 +78,10 @@ def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
     return embeds | {"prompt_mask": embeds["prompt_embeds"][:1]}
 
 
-FAMILY = Family(
+FAMILY = replace(
+    flux.FAMILY,
     pipeline=ChromaPipeline,
-    network="transformer",
     text_parts=("tokenizer", "text_encoder"),
-    single_file=(),
-    lora_targets=LORA_TARGETS,
-    lora_names=lambda network: (),
-    feature_layers=stream_feature_layers,
-    feature_map=stream_map,
     call=_call,
     served={
         "transformer": {"_class_name": ("ChromaTransformer2DModel",), "patch_size": (1,)},
@@ -105,12 +90,8 @@ FAMILY = Family(
     },
     encode=_encode,
     unconditional=lambda pipeline, negative: _encode(pipeline, [negative]),
+    of_picture=lambda width, height, scale: {},
     conditioning=_conditioning,
-    latent_shape=lambda configs, size: packed_shape(configs, size or (SIZE, SIZE)),
-    decode=decode_packed,
-    flow=True,
-    max_tokens=MAX_TOKENS,
+    guidance_is_input=False,
     base_model=lambda configs: ("chroma", "chroma"),
-    packing=PATCH,
-    shift=shift_of_size,
 )

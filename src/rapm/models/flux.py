@@ -71,7 +71,7 @@ def _conditioning(configs: Configs) -> dict[str, tuple[int, ...]]:
     return t5_embeddings(configs, "2", MAX_TOKENS) | {"pooled_prompt_embeds": (pooled,)}
 
 
-def shift_of_size(scheduler: Mapping[str, Any], patches: int) -> float:
+def _shift(scheduler: Mapping[str, Any], patches: int) -> float:
     """By the number of patches, as the pipeline has it."""
     names = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
     known = names | {"base_shift": 0.5, "max_shift": 1.15}
@@ -109,5 +109,5 @@ FAMILY = Family(
     max_tokens=MAX_TOKENS,
     base_model=lambda configs: ("flux1", "flux-1-dev"),
     packing=PATCH,
-    shift=shift_of_size,
+    shift=_shift,
 )
